@@ -1,0 +1,154 @@
+# From raw corpora to a report: `make` alone lists the targets, README.md explains them.
+#
+# Every step is a file that is written last and whole, so that make knows what a change makes stale, a killed step starts
+# again or goes on, and a second `make eval` has nothing to do.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.SECONDEXPANSION:
+
+EXPERIMENT ?= demo
+# what `make eval` evaluates: for the demo its untuned base too, so that the report has two rows to compare
+EXPERIMENTS ?= $(if $(filter demo,$(EXPERIMENT)),demo demo_base,$(EXPERIMENT))
+ifneq ($(filter demo%,$(EXPERIMENT)),)
+  RAW ?= dataset_info/samples/raw
+  EXAMS ?= dataset_info/samples/exams
+  DATA := data/demo
+  # dozens of sample records with deliberate dirt: one bad record is more than the usual 1 %
+  MAX_REJECTS ?= 0.1
+  export HF_HUB_OFFLINE ?= 1
+else
+  RAW ?= data/raw
+  EXAMS ?= data/exams
+  DATA := data/full
+  MAX_REJECTS ?= 0.01
+endif
+ARGS ?=
+SHOTS ?= 0
+PYTHON ?= python3
+export USE_MODELSCOPE_HUB ?= 1
+
+BIN := .venv/bin
+MEDASST := $(BIN)/medasst
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+INSTALLED := .venv/.installed
+RENDERED := .venv/.rendered
+TUNED := $(patsubst factory_configs/%/train.yaml,%,$(wildcard factory_configs/*/train.yaml))
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  EXPERIMENT=$(EXPERIMENT) ($(notdir $(patsubst %/,%,$(wildcard factory_configs/*/)))), RAW=$(RAW), EXAMS=$(EXAMS), ARGS=key=value..."
+
+# ---- environment ----------------------------------------------------------------------------------------------------
+.PHONY: setup constraints
+setup: $(INSTALLED) ## install everything, pinned, into .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; try make PYTHON=python3.12" >&2; exit 2; }
+	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt uv; }
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+constraints: ## pin every package anew into constraints.txt, for all supported Pythons
+	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade --no-emit-index-url --no-header --no-annotate pyproject.toml --output-file constraints.txt
+
+# ---- data and configs -----------------------------------------------------------------------------------------------
+.PHONY: data configs FORCE
+FORCE:
+# FORCE where a step's inputs are named otherwise than when its output was made
+changed = $(if $(filter-out $(1),$(shell cat $(2) 2>/dev/null)),FORCE)
+
+data: $(DATA)/manifest.json ## convert RAW into a LLaMA-Factory dataset_dir
+
+$(DATA)/manifest.json: $(wildcard $(RAW)/*/*) $(wildcard dataset_info/corpora.yaml) $(call changed,$(RAW),$(DATA)/.raw) | $(INSTALLED)
+	$(MEDASST) convert --raw-dir $(RAW) --out-dir $(DATA) --max-rejects $(MAX_REJECTS)
+	echo '$(RAW)' > $(DATA)/.raw
+
+configs: $(RENDERED) ## render factory_configs/ from experiments.yaml and templates/
+
+$(RENDERED): factory_configs/experiments.yaml $(wildcard templates/*.yaml.j2) | $(INSTALLED)
+	$(MEDASST) render
+	touch $@
+
+# render leaves an unchanged file alone, so only what a change reaches is stale
+$(foreach kind,train predict chat export,factory_configs/%/$(kind).yaml): | $(RENDERED) ;
+
+# ---- training -------------------------------------------------------------------------------------------------------
+.PHONY: train
+train: saves/$(EXPERIMENT)/run.json ## train EXPERIMENT through llamafactory-cli; a killed run goes on
+
+saves/tiny_qwen2/config.json: $(DATA)/manifest.json | $(INSTALLED)
+	$(MEDASST) tiny-model --data-dir $(DATA) --out $(@D)
+
+saves/%/run.json: factory_configs/%/train.yaml $(DATA)/manifest.json | $(INSTALLED)
+	$(MEDASST) train $< $(ARGS)
+	touch $@
+
+saves/demo_base/run.json: saves/tiny_qwen2/config.json
+saves/demo/run.json: saves/demo_base/run.json
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+.PHONY: predict exam report eval
+predict: results/$(EXPERIMENT)/generated_predictions.jsonl ## answer the dialogue test set
+exam: results/$(EXPERIMENT)/exam.json ## answer the exam questions (SHOTS=0 or 5)
+report: results/report.md ## write results/report.md and report.html
+eval: results/report.md ## everything, from installation to report, for $(EXPERIMENTS)
+
+# a tuned model must be trained before it answers
+$(foreach name,$(TUNED),$(eval results/$(name)/generated_predictions.jsonl results/$(name)/exam.json: saves/$(name)/run.json))
+
+results/%/generated_predictions.jsonl: factory_configs/%/predict.yaml $(DATA)/manifest.json | $(INSTALLED)
+	rm -rf $(@D)/.predicting
+	llamafactory-cli train $< output_dir=$(@D)/.predicting $(ARGS)
+	mv $(@D)/.predicting/predict_results.json $(@D)/.predicting/generated_predictions.jsonl $(@D)/
+	rm -r $(@D)/.predicting
+
+results/%/scores.json: results/%/generated_predictions.jsonl
+	$(MEDASST) score $< --out $@ --per-record $(@D)/per_record.jsonl --predict-config factory_configs/$*/predict.yaml
+
+results/%/exam.json: factory_configs/%/chat.yaml $(wildcard $(EXAMS)/* $(EXAMS)/*/*/*) dataset_info/exams.yaml $$(call changed,$(EXAMS) $(SHOTS),results/$$*/.exams) | $(INSTALLED)
+	$(MEDASST) exam $< --exams-dir $(EXAMS) --out $(@D) --shots $(SHOTS)
+	echo '$(EXAMS) $(SHOTS)' > $(@D)/.exams
+
+results/report.md: $(foreach name,$(EXPERIMENTS),results/$(name)/scores.json results/$(name)/exam.json) $(wildcard templates/report.*) dataset_info/paper.yaml
+	$(MEDASST) report
+
+# ---- in use ---------------------------------------------------------------------------------------------------------
+.PHONY: chat export
+# a model that is there is used as it is: asking it something trains nothing again
+TRAINED_IF_MISSING = $(if $(filter $(EXPERIMENT),$(TUNED)),$(if $(wildcard saves/$(EXPERIMENT)/run.json),,saves/$(EXPERIMENT)/run.json))
+export GRADIO_SERVER_NAME ?= 127.0.0.1
+export GRADIO_SERVER_PORT ?= 7860
+export GRADIO_ANALYTICS_ENABLED ?= False
+# without it a busy port silently becomes the next one
+export GRADIO_NUM_PORTS ?= 1
+
+chat: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## the web chat on http://127.0.0.1:7860 (GRADIO_SERVER_PORT)
+	llamafactory-cli webchat factory_configs/$(EXPERIMENT)/chat.yaml $(ARGS)
+
+export: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## merge the adapter into the base: saves/EXPERIMENT_merged
+	llamafactory-cli export factory_configs/$(EXPERIMENT)/export.yaml $(ARGS)
+
+# ---- the project itself ---------------------------------------------------------------------------------------------
+.PHONY: test lint format bench clean
+test: $(INSTALLED) ## every test
+	$(BIN)/pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style and that the rendered configs are what experiments.yaml says
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MEDASST) render --check
+
+format: $(INSTALLED) ## fix style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## time and memory of each step of `make eval`
+	$(BIN)/python benchmarks/bench_steps.py
+
+clean: ## remove what runs made: data/demo, saves/, results/ (not data/raw, data/exams, data/full, .venv)
+	rm -rf data/demo saves results

@@ -1,0 +1,64 @@
+"""The console script `medasst`: one verb a module, and the only place where an error becomes a line and a status.
+
+A verb's module has `add_arguments(parser)` and `run(args)`, and imports nothing heavy at its top level. Only the module
+of the verb that was typed is imported, so that `medasst --help` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+
+from medasst_tools.errors import CheckFailed, UserError
+
+VERBS = {
+    "convert": ("medasst_tools.convert", "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for"),
+    "render": ("medasst_tools.render", "factory_configs/experiments.yaml to LLaMA-Factory configs"),
+    "tiny-model": (
+        "medasst_tools.tiny_model",
+        "a tiny random Qwen2 with its own tokenizer, for the demo and the tests",
+    ),
+    "train": ("medasst_tools.train", "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished"),
+    "score": ("medasst_tools.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
+    "compare": ("medasst_tools.compare", "two models on the same test records or questions: is one better?"),
+    "exam": ("medasst_tools.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
+    "report": ("medasst_tools.report", "everything in results/ beside the paper's tables"),
+}
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """Return the parser; only `verb` gets its own arguments, the others are listed by name."""
+    parser = argparse.ArgumentParser(
+        prog="medasst", description="Data, configs, scores and the report around LLaMA-Factory."
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (module, help_line) in VERBS.items():
+        subparser = verbs.add_parser(name, help=help_line, description=help_line)
+        if name == verb:
+            importlib.import_module(module).add_arguments(subparser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return its exit status: 0 done, 1 a check failed, 2 a user's mistake, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    args = build_parser(verb if verb in VERBS else None).parse_args(argv)
+    try:
+        return importlib.import_module(VERBS[args.verb][0]).run(args) or 0
+    except CheckFailed as failed:
+        print(f"medasst {args.verb}: {failed}", file=sys.stderr)
+        return 1
+    except UserError as error:
+        print(f"medasst {args.verb}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # a full disk, a folder without permission, a file that went away: the system's words name the path
+        print(f"medasst {args.verb}: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"medasst {args.verb}: interrupted; the same command goes on or starts again", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

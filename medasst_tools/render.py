@@ -1,0 +1,157 @@
+"""Turn `factory_configs/experiments.yaml` into complete LLaMA-Factory configs.
+
+Run: `medasst render`, or `medasst render --check` to see whether a committed file differs (exit status 1).
+
+One rendered file is one complete run. Templates are strict: an undefined name is an error. So is an unknown key here,
+because it would silently do nothing; LLaMA-Factory's parser refuses the settings that it doesn't know.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.files import PROJECT_ROOT, write_text
+
+CONFIGS_DIR = PROJECT_ROOT / "factory_configs"
+TEMPLATES_DIR = PROJECT_ROOT / "templates"
+KINDS = ("train", "predict", "chat", "export")
+FINETUNING = ("lora", "full", "none")
+PLAIN_KEYS = {"purpose", "finetuning", "dataset_dir", "train_dataset_dir"}
+SECTIONS = {"model", "dialogue", "method", "dataset", "train", "predict", "generate", "chat", "export"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a committed file differs")
+    parser.add_argument(
+        "--configs-dir", type=Path, default=CONFIGS_DIR, help="where experiments.yaml is (factory_configs)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Render every experiment, or check that every rendered file is what it should be."""
+    rendered = render_all(args.configs_dir / "experiments.yaml")
+    present = {path.relative_to(args.configs_dir) for path in args.configs_dir.glob("*/*.yaml")}
+    stale = [path for path, text in rendered.items() if _read(args.configs_dir / path) != text]
+    orphans = sorted(present - rendered.keys())
+    if args.check:
+        if stale or orphans:
+            names = ", ".join(str(path) for path in [*stale, *orphans])
+            raise CheckFailed(f"not what experiments.yaml and templates/ give: {names}; run `medasst render`")
+    else:
+        for path in stale:  # an unchanged file keeps its time, so that make runs only what depends on a change
+            write_text(args.configs_dir / path, rendered[path])
+        for path in orphans:
+            (args.configs_dir / path).unlink()
+    print(f"{len(rendered)} configs, {len(stale)} {'stale' if args.check else 'written'}")
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def render_all(experiments_yaml: Path) -> dict[Path, str]:
+    """Return {relative path: text} of every config of every experiment. All problems are reported at once."""
+    source = load_experiments(experiments_yaml)
+    rendered, problems = {}, []
+    for name in source["experiments"]:
+        try:
+            experiment = resolve(source, name)
+            rendered |= {Path(name, f"{kind}.yaml"): text for kind, text in render_experiment(name, experiment)}
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(f"{experiments_yaml}: " + "; ".join(problems))
+    return rendered
+
+
+def load_experiments(path: Path) -> dict[str, Any]:
+    """Return experiments.yaml as {"system_prompt": str, "experiments": {name: {...}}}; UserError if it isn't that."""
+    try:
+        source = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no {path}; run this in the project's folder or give --configs-dir") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(source, dict) or set(source) != {"system_prompt", "experiments"}:
+        got = sorted(source) if isinstance(source, dict) else type(source).__name__
+        raise UserError(f"{path} must have just the keys system_prompt and experiments, got {got}")
+    return source
+
+
+def resolve(source: dict[str, Any], name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the experiment with everything that it takes over through `based_on`; a null removes what was taken over."""
+    experiments = source["experiments"]
+    if name not in experiments:
+        raise UserError(f"no experiment {name!r}; there are {', '.join(experiments)}")
+    if name in seen:
+        raise UserError(f"{name}: based_on goes round in a circle: {' -> '.join([*seen, name])}")
+    own = dict(experiments[name])
+    base = own.pop("based_on", None)
+    inherited = resolve(source, base, (*seen, name)) if base else {"dialogue": {}}
+    merged = inherited | {key: value for key, value in own.items() if not isinstance(value, dict)}
+    for section, settings in own.items():
+        if isinstance(settings, dict):
+            both = inherited.get(section, {}) | settings
+            merged[section] = {key: setting for key, setting in both.items() if setting is not None}
+    merged["dialogue"].setdefault("default_system", [source["system_prompt"], "one for all experiments; paper silent"])
+    _check(name, merged)
+    return merged
+
+
+def _check(name: str, experiment: dict[str, Any]) -> None:
+    if unknown := experiment.keys() - PLAIN_KEYS - SECTIONS:
+        raise UserError(
+            f"{name}: unknown key {', '.join(sorted(unknown))}; known: {', '.join(sorted(PLAIN_KEYS | SECTIONS))}"
+        )
+    if experiment.get("finetuning") not in FINETUNING:
+        raise UserError(
+            f"{name}: finetuning is {experiment.get('finetuning')!r}, must be one of {', '.join(FINETUNING)}"
+        )
+    for section in SECTIONS & experiment.keys():
+        for key, setting in experiment[section].items():
+            if not (isinstance(setting, list) and len(setting) == 2 and isinstance(setting[1], str)):
+                raise UserError(f"{name}: {section}.{key} is {setting!r}, must be [value, reason]")
+
+
+def render_experiment(name: str, experiment: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (kind, text) for each config that the experiment has: no train without finetuning, no export without LoRA."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES_DIR),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["settings"] = settings_lines
+    kinds = {"none": ("predict", "chat"), "full": ("train", "predict", "chat"), "lora": KINDS}[
+        experiment["finetuning"]
+    ]
+    for kind in kinds:
+        try:
+            yield kind, environment.get_template(f"{kind}.yaml.j2").render(name=name, **experiment)
+        except jinja2.UndefinedError as error:
+            raise UserError(f"{name}: templates/{kind}.yaml.j2: {error.message}") from None
+
+
+def settings_lines(section: dict[str, list[Any]]) -> str:
+    """Return a section's settings as YAML lines, each with its reason as a comment."""
+    return "\n".join(f"{key}: {_scalar(value)}  # {reason}" for key, (value, reason) in section.items())
+
+
+def _scalar(value: Any) -> str:
+    # YAML 1.1 reads 1e-4 as text and OmegaConf reads ${...}: JSON's quoting and a mantissa with a dot are safe in both
+    if isinstance(value, float):
+        mantissa, _, exponent = repr(value).partition("e")
+        return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if exponent else mantissa
+    if isinstance(value, str) and re.fullmatch(r"[\w./,-]+", value, re.ASCII) and yaml.safe_load(value) == value:
+        return value
+    return json.dumps(value, ensure_ascii=False)

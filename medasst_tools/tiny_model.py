@@ -1,0 +1,136 @@
+"""A tiny Qwen2 with a tokenizer of its own, so that every step runs on a laptop with no hub and no GPU.
+
+Run: `medasst tiny-model --data-dir data/demo --out saves/tiny_qwen2`
+
+The weights are random. `factory_configs/demo_base/train.yaml` then trains all of them through LLaMA-Factory on the plain
+text that this module writes beside them (`text.jsonl`), which gives the demo something to adapt. Nothing that it says is
+medical advice, or sense.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from medasst_tools.errors import UserError
+from medasst_tools.files import write_json
+
+# Qwen2's own special tokens; LLaMA-Factory's `qwen` template writes the two chat marks and pads with the first.
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXT_DATASET = "text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("--data-dir", type=Path, required=True, help="a folder that `medasst convert` wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model, replaced as a whole")
+    parser.add_argument("--seed", type=int, default=42, help="of the random weights (default 42)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Build the model from the training sets in `--data-dir`."""
+    documents = list(training_documents(args.data_dir))
+    build_tiny_model(documents, args.out, seed=args.seed)
+    print(f"{args.out}: a random Qwen2 and a tokenizer trained on {len(documents)} documents of {args.data_dir}")
+
+
+def training_documents(data_dir: Path) -> Iterator[str]:
+    """Yield each training record of a converted folder as plain text: its turns, oldest first, one a line.
+
+    Only `*_train` datasets are read: the test records stay unseen by the tokenizer and by the weights.
+    Raises UserError if the folder has no training set.
+    """
+    paths = sorted(data_dir.glob("*_train.jsonl"))
+    if not paths:
+        raise UserError(
+            f"no *_train.jsonl in {data_dir}; run `medasst convert --raw-dir RAW --out-dir {data_dir}` first"
+        )
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                turns = [text for pair in record.get("history", []) for text in pair]
+                turns += [record["instruction"], record["input"], record["output"]]
+                yield "\n".join(turn for turn in turns if turn)
+
+
+def build_tiny_model(
+    documents: list[str],
+    out: Path,
+    seed: int = 42,
+    vocab_size: int = 2048,
+    hidden_size: int = 256,
+    layers: int = 2,
+) -> None:
+    """Write a random Qwen2 (transformers' ordinary format), its tokenizer and `text.jsonl` for stage `pt` to `out`.
+
+    documents: plain text, one document an item. vocab_size is an upper bound: a small text gives fewer merges.
+    The folder appears whole or not at all.
+    """
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        tokenizer = train_tokenizer(documents, vocab_size)
+        torch.manual_seed(seed)
+        config = Qwen2Config(
+            vocab_size=-(-len(tokenizer) // 64) * 64,  # rounded up as Qwen2's own is
+            hidden_size=hidden_size,
+            intermediate_size=4 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,  # grouped-query attention, as in Qwen2-7B
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            initializer_range=hidden_size**-0.5,  # Qwen2's 0.02 is for widths in the thousands; this learns in minutes
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        Qwen2ForCausalLM(config).save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        _write_text_dataset(documents, work)
+        work.chmod(0o755)  # mkdtemp's folder is for its owner only
+        shutil.rmtree(out, ignore_errors=True)
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def train_tokenizer(documents: list[str], vocab_size: int):
+    """Return a byte-level BPE tokenizer (transformers' PreTrainedTokenizerFast) trained on `documents`, with no unknown byte."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()  # as Qwen2's
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        model_max_length=4096,
+    )
+
+
+def _write_text_dataset(documents: list[str], folder: Path) -> None:
+    """Write the documents as a LLaMA-Factory pre-training dataset: stage `pt` reads the prompt column alone."""
+    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
+        for document in documents:
+            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+    write_json(
+        folder / "dataset_info.json", {TEXT_DATASET: {"file_name": "text.jsonl", "columns": {"prompt": "text"}}}
+    )
