@@ -147,8 +147,8 @@ format: $(INSTALLED) ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## time and memory of each step of `make eval`
-	$(BIN)/python benchmarks/bench_steps.py
+bench: $(INSTALLED) ## time and memory of each step of `make eval` (ARGS="--with-setup RAW=... EXAMS=...")
+	$(BIN)/python benchmarks/bench_steps.py $(ARGS)
 
 clean: ## remove what runs made: data/demo, saves/, results/ (not data/raw, data/exams, data/full, .venv)
 	rm -rf data/demo saves results

@@ -1,6 +1,11 @@
 """What several test modules share: the bundled samples, the real text where it is at hand, and one trained tiny model."""
 
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,3 +23,63 @@ def real_data() -> Path:
     if not (REAL_DATA / "raw").is_dir():
         pytest.skip(f"no real text at {REAL_DATA}; set MEDASST_REAL_DATA to the folder that holds raw/ and exams/")
     return REAL_DATA
+
+
+def copy_project(target: Path) -> Path:
+    """Copy the working tree (what git tracks or would track) to `target`, a checkout of its own, with this environment."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, capture_output=True, check=True).stdout.decode().split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    venv = target / ".venv"  # its own, as far as make's stamps go
+    venv.mkdir()
+    for part in Path(sys.prefix).iterdir():
+        if not part.name.startswith("."):
+            (venv / part.name).symlink_to(part)
+    (venv / ".installed").touch()
+    git = ["git", "-C", str(target), "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "copy"], check=True)
+    return target
+
+
+def make_environment(project: Path) -> dict[str, str]:
+    """Return the environment in which make in a copy runs the copy's own medasst_tools, not the installed tree's."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return kept | {"PYTHONPATH": str(project), "PYTHON": sys.executable}
+
+
+def run_make(project: Path, *words: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Run make in a copy; the result has its whole output in stdout, and a failure shows the end of it."""
+    run = subprocess.run(
+        ["make", *words], cwd=project, env=make_environment(project), text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+    if check and run.returncode != 0:
+        pytest.fail(f"make {' '.join(words)} ended with {run.returncode}:\n{run.stdout[-6000:]}", pytrace=False)
+    return run
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Path:
+    """A copy of the project for the tests that run make; what `evaluated` makes in it is there for all of them."""
+    return copy_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def evaluated(project) -> dict[str, str]:
+    """`make eval` in the copy, killed once in the middle of training; {"killed": output, "eval": output}."""
+    log = project.parent / "killed.log"
+    with log.open("w") as output:
+        killed = subprocess.Popen(
+            ["make", "train"], cwd=project, env=make_environment(project), start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        while killed.poll() is None and not list(project.glob("saves/demo_base/checkpoint-*/trainer_state.json")):
+            time.sleep(0.5)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+    return {"killed": log.read_text(), "eval": run_make(project, "eval").stdout}

@@ -1,0 +1,308 @@
+"""Turn the raw corpora into a LLaMA-Factory dataset_dir in which every record is accounted for.
+
+Run: `medasst convert --raw-dir data/raw --out-dir data/full [--workers 2]`; it reads `RAW/<corpus>/<file as its hub names it>`.
+
+One raw record gives one Alpaca record, in order. What can't be used is in `rejected/`, and for each dataset
+read = kept + skipped + rejected. New files are made in a folder of their own and moved to their places at the end,
+`manifest.json` last: a killed or failed run leaves what was there.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import shutil
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from medasst_tools.corpora import RULES, Dataset, load_datasets
+from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.files import sha256_of, write_json
+from medasst_tools.raw_files import MAX_RECORD_BYTES, Block, open_raw, read_blocks
+from medasst_tools.raw_records import LAYOUTS, Skipped, Trimmed
+
+STAGING = ".converting"
+OVERLONG_KEPT_BYTES = 4096  # of a record over MAX_RECORD_BYTES, for rejected/
+# LLaMA-Factory's loader takes a column's type from the first 10 MiB: a dataset whose histories are all empty there fails
+# to load when a later one isn't.
+TYPED_BYTES = 8 << 20
+COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+
+
+class BlockResult(NamedTuple):
+    """What a block of raw records gave; first_history is the place of the first record with history in `output`."""
+
+    output: bytes
+    read: int
+    kept: int
+    trimmed: int
+    skipped: Counter
+    rejected: list[tuple[int, str, bytes]]
+    first_history: slice | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument(
+        "datasets",
+        nargs="*",
+        metavar="DATASET",
+        help="as in dataset_info/corpora.yaml; default: all whose raw file is there",
+    )
+    parser.add_argument("--raw-dir", type=Path, required=True, help="holds <corpus>/<file as its hub names it>")
+    parser.add_argument("--out-dir", type=Path, required=True, help="the LLaMA-Factory dataset_dir to write")
+    parser.add_argument(
+        "--max-rejects",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="exit 1 if more of a dataset was rejected (0.01)",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes; the output is the same with any number (1)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert the datasets asked for and write the manifest."""
+    if not 0 <= args.max_rejects <= 1:
+        raise UserError(f"--max-rejects is {args.max_rejects}, must be a share between 0 and 1")
+    if args.workers < 1:
+        raise UserError(f"--workers is {args.workers}, must be 1 or more")
+    sources = choose_sources(args.datasets, args.raw_dir)
+    for path in sources.values():
+        with open_raw(path):
+            pass  # an unusable file is named before any work is done
+    with _locked(args.out_dir) as staging:
+        entries = {}
+        for dataset, path in sources.items():
+            entries[dataset.name] = convert_dataset(dataset, path, staging, args.workers)
+            print(summary(dataset.name, entries[dataset.name]), flush=True)
+        publish(staging, args.out_dir, entries, keep_others=bool(args.datasets))
+    if failed := [name for name, entry in entries.items() if _rejected_share(entry) > args.max_rejects]:
+        shares = ", ".join(f"{name} {_rejected_share(entries[name]):.2%}" for name in failed)
+        raise CheckFailed(
+            f"more than {args.max_rejects:.2%} rejected: {shares}; see {args.out_dir}/rejected/, or allow it with --max-rejects"
+        )
+
+
+def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
+    """Return {dataset: raw file} for the names, or for all whose raw file is there; UserError names what is missing."""
+    known = load_datasets()
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"no dataset {unknown[0]!r}; there are {', '.join(known)}")
+    if not raw_dir.is_dir():
+        raise UserError(
+            f"no raw folder {raw_dir}; it must hold <corpus>/<file>, for example {raw_dir}/{_first_place(known)}"
+        )
+    chosen, missing = {}, []
+    for dataset in [known[name] for name in dict.fromkeys(names)] or known.values():
+        places = [raw_dir / dataset.corpus.name / file for file in dataset.files]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            missing.append(f"{dataset.name} needs {' or '.join(map(str, places))}, from {dataset.corpus.homepage}")
+        else:
+            chosen[dataset] = path
+    if names and missing:
+        raise UserError(f"no raw file: {'; '.join(missing)}")
+    if not chosen:
+        raise UserError(f"no raw file in {raw_dir}; for example {missing[0]}")
+    return chosen
+
+
+def _first_place(known: dict[str, Dataset]) -> str:
+    dataset = next(iter(known.values()))
+    return f"{dataset.corpus.name}/{dataset.files[0]}"
+
+
+@contextlib.contextmanager
+def _locked(out_dir: Path) -> Iterator[Path]:
+    """Yield an empty folder in out_dir for the new files; it goes at the end, however that comes. One run at a time."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    staging = out_dir / STAGING
+    with (out_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing {out_dir}; wait for it or give another --out-dir") from None
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
+        (staging / "rejected").mkdir(parents=True)
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def convert_dataset(dataset: Dataset, path: Path, folder: Path, workers: int) -> dict[str, Any]:
+    """Convert one raw file to `folder/<name>.jsonl` and `folder/rejected/<name>.jsonl`; return its manifest entry."""
+    output, layout = folder / f"{dataset.name}.jsonl", dataset.corpus.layout
+    read = kept = trimmed = 0
+    skipped, rejected = Counter(), Counter()
+    first_history = None
+    with (
+        _sha256_alongside(path) as source_sha256,
+        output.open("wb") as out,
+        (folder / "rejected" / output.name).open("wb") as bad,
+    ):
+        for result in _results(path, layout, workers, dataset.name):
+            if result.first_history and first_history is None:
+                place = out.tell()
+                first_history = slice(place + result.first_history.start, place + result.first_history.stop)
+            out.write(result.output)
+            for line, reason, raw in result.rejected:
+                bad.write(_rejected_line(line, reason, raw))
+            read, kept, trimmed = read + result.read, kept + result.kept, trimmed + result.trimmed
+            skipped.update(result.skipped)
+            rejected.update(reason for _, reason, _ in result.rejected)
+    moved = first_history is not None and first_history.start > TYPED_BYTES
+    if moved:
+        _move_to_top(output, first_history)
+    entry = {"read": read, "kept": kept, "skipped": dict(skipped), "rejected": dict(rejected)}
+    entry |= {"sha256": sha256_of(output), "bytes": output.stat().st_size}
+    entry |= {"paper": dataset.paper, "published": dataset.published}
+    entry["difference_from_paper"] = None if dataset.paper is None else kept - dataset.paper
+    entry |= {
+        "rules": {rule: RULES[rule] for rule in dataset.corpus.rules},
+        "odd_tails": trimmed,
+        "first_history_moved_to_top": moved,
+    }
+    entry["source"] = {"file": f"{dataset.corpus.name}/{path.name}", "sha256": source_sha256()}
+    return entry
+
+
+def _results(path: Path, layout: str, workers: int, name: str) -> Iterator[BlockResult]:
+    """Yield each block's result in order, with a progress bar in bytes of the raw file."""
+    from tqdm import tqdm
+
+    tell: list = []
+    with (
+        open_raw(path, tell) as stream,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=name, disable=None) as bar,
+    ):
+        for result in _convert_blocks(read_blocks(stream, layout), layout, workers):
+            yield result
+            bar.update(tell[0].tell() - bar.n)
+
+
+def _convert_blocks(blocks: Iterable[Block], layout: str, workers: int) -> Iterator[BlockResult]:
+    if workers == 1:
+        for block in blocks:
+            yield convert_block(block, layout)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        waiting: deque = deque()
+        for block in blocks:
+            waiting.append(pool.submit(convert_block, block, layout))
+            if len(waiting) > 2 * workers:  # enough to keep the workers busy, and no more in memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def convert_block(block: Block, layout: str) -> BlockResult:
+    """Convert a block of raw records; a pure function, so that any number of processes gives the same bytes."""
+    read, dumps = LAYOUTS[layout], orjson.dumps
+    output, skipped, rejected = [], Counter(), []
+    trimmed, first_history = 0, None
+    for line, raw in zip(block.lines, block.records, strict=True):
+        if len(raw) > MAX_RECORD_BYTES:
+            reason = f"longer than {MAX_RECORD_BYTES} bytes, its first {OVERLONG_KEPT_BYTES} are kept here"
+            rejected.append((line, reason, raw[:OVERLONG_KEPT_BYTES]))
+            continue
+        if not raw or raw.isspace():
+            skipped["blank line"] += 1
+            continue
+        record = read(raw)
+        if isinstance(record, dict):
+            if first_history is None and record.get("history"):
+                start = sum(map(len, output))
+                first_history = slice(start, start + len(dumps(record)) + 1)
+            trimmed += isinstance(record, Trimmed)
+            output.append(dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        elif isinstance(record, Skipped):
+            skipped[str(record)] += 1
+        else:
+            rejected.append((line, str(record), raw))
+    return BlockResult(b"".join(output), len(block.records), len(output), trimmed, skipped, rejected, first_history)
+
+
+def _rejected_line(line: int, reason: str, raw: bytes) -> bytes:
+    """One line of rejected/. `raw` gives the exact bytes back: json.loads(line)["raw"].encode("utf-8", "surrogateescape")."""
+    entry = {"line": line, "reason": reason, "raw": raw.decode("utf-8", "surrogateescape")}
+    try:
+        return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(entry).encode() + b"\n"
+
+
+def _move_to_top(path: Path, place: slice) -> None:
+    """Move one record of a JSON lines file to its first line; the others keep their order."""
+    moved = path.with_suffix(".moved")
+    with path.open("rb") as source, moved.open("wb") as target:
+        source.seek(place.start)
+        target.write(source.read(place.stop - place.start))
+        source.seek(0)
+        left = place.start
+        while left:
+            left -= target.write(source.read(min(left, 1 << 20)))
+        source.seek(place.stop)
+        shutil.copyfileobj(source, target, 1 << 20)
+    moved.replace(path)
+
+
+@contextlib.contextmanager
+def _sha256_alongside(path: Path) -> Iterator[Any]:
+    """Hash the raw file in a thread while it is converted (hashlib frees the interpreter); yields the waiting getter."""
+    digest: list[str] = []
+    thread = threading.Thread(target=lambda: digest.append(sha256_of(path)), daemon=True)
+    thread.start()
+
+    def wait() -> str:
+        thread.join()
+        return digest[0]
+
+    yield wait
+
+
+def publish(staging: Path, out_dir: Path, entries: dict[str, Any], keep_others: bool) -> None:
+    """Move the new files to their places, then write dataset_info.json and, last, manifest.json.
+
+    keep_others: entries of datasets that were not asked for stay, as long as their file is there.
+    """
+    known, manifest_path = load_datasets(), out_dir / "manifest.json"
+    others = {}
+    if keep_others and manifest_path.is_file():
+        earlier = json.loads(manifest_path.read_text(encoding="utf-8"))["datasets"]
+        others = {name: entry for name, entry in earlier.items() if (out_dir / f"{name}.jsonl").is_file()}
+    manifest_path.unlink(missing_ok=True)  # while files are moved, none vouches for them
+    (out_dir / "rejected").mkdir(exist_ok=True)
+    for name in entries:
+        for file in (f"rejected/{name}.jsonl", f"{name}.jsonl"):
+            (staging / file).replace(out_dir / file)
+    manifest = {name: (others | entries)[name] for name in known if name in others or name in entries}
+    write_json(out_dir / "dataset_info.json", {name: dataset_info(known[name]) for name in manifest})
+    write_json(manifest_path, {"datasets": manifest})
+
+
+def dataset_info(dataset: Dataset) -> dict[str, Any]:
+    """Return LLaMA-Factory's description of one converted dataset; a column that isn't named is not read."""
+    history = {"history": "history"} if dataset.corpus.multi_turn else {}
+    return {"file_name": f"{dataset.name}.jsonl", "columns": COLUMNS | history}
+
+
+def _rejected_share(entry: dict[str, Any]) -> float:
+    """Return the share of rejected among the records that should have been kept."""
+    rejected = sum(entry["rejected"].values())
+    return rejected / max(1, entry["kept"] + rejected)
+
+
+def summary(name: str, entry: dict[str, Any]) -> str:
+    """Return one line of counts for the terminal."""
+    paper = "" if entry["paper"] is None else f", paper {entry['paper']:,} ({entry['difference_from_paper']:+,})"
+    reasons = "".join(f"; {count:,} {reason}" for reason, count in sorted(entry["rejected"].items()))
+    skipped, rejected = sum(entry["skipped"].values()), sum(entry["rejected"].values())
+    return f"{name}: {entry['read']:,} read = {entry['kept']:,} kept + {skipped:,} skipped + {rejected:,} rejected{paper}{reasons}"
