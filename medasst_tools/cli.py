@@ -19,7 +19,6 @@ VERBS = {
     ),
     "train": ("medasst_tools.train", "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished"),
     "score": ("medasst_tools.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
-    "compare": ("medasst_tools.compare", "two models on the same test records or questions: is one better?"),
     "exam": ("medasst_tools.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
     "report": ("medasst_tools.report", "everything in results/ beside the paper's tables"),
 }

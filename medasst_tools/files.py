@@ -54,3 +54,13 @@ def sha256_of(path: Path) -> str:
     """Return the file's sha256 in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_sha256(folder: Path) -> str | None:
+    """Return one sha256 over a model's or adapter's config, tokenizer and weights; None if it is no folder (a hub id)."""
+    if not folder.is_dir():
+        return None
+    patterns = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "*.safetensors")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    lines = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()

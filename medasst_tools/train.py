@@ -9,7 +9,6 @@ with that file is the run complete. A folder whose run was made of something els
 """
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -24,7 +23,7 @@ from typing import Any
 import yaml
 
 from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import PROJECT_ROOT, sha256_of, write_json
+from medasst_tools.files import PROJECT_ROOT, model_sha256, sha256_of, write_json
 
 STARTED = "run.started.json"
 COMPLETE = "run.json"
@@ -100,7 +99,7 @@ def run_inputs(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": {key: value for key, value in sorted(config.items()) if key not in NEUTRAL_SETTINGS},
         "data": {name: sha256_of(path) for name, path in datasets.items()},
-        "base": _folder_sha256(base) if base.is_dir() else str(config["model_name_or_path"]),
+        "base": model_sha256(base) or str(base),
     }
 
 
@@ -116,14 +115,6 @@ def _dataset_file(dataset_dir: Path, name: str) -> Path:
             f"{dataset_dir}/dataset_info.json names {path}, which isn't there; run `medasst convert` again"
         )
     return path
-
-
-def _folder_sha256(folder: Path) -> str:
-    """Return one sha256 over a model folder's config, tokenizer and weights."""
-    patterns = ("config.json", "generation_config.json", "tokenizer*", "*.safetensors")
-    model_files = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    lines = "".join(f"{path.name} {sha256_of(path)}\n" for path in model_files)
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def prepare_output_dir(output_dir: Path, inputs: dict[str, Any]) -> dict[str, Any]:
