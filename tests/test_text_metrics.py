@@ -1,0 +1,108 @@
+"""BLEU-4 and ROUGE: known values, and equality with LLaMA-Factory's ComputeSimilarity on odd, random and real pairs."""
+
+import itertools
+import json
+import random
+from types import SimpleNamespace
+
+import jieba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medasst_tools.text_metrics import Scores, bleu_4, score_pair
+from medasst_tools.word_segmenter import WordSegmenter
+
+SEGMENTER = WordSegmenter()
+
+ODD = [
+    "", " ", "\n", "　", "\u200b", ".", "。", "？！", "......", "…… ", "。\n\n\n。好", "”。好“", "好？”又", "\x00", "\x1c", "\x85", "a\u2028b",
+    "😀", "👨‍👩‍👧好", "吃吃吃吃吃", "吃", "好的", "ABC", "abc def ghi", "5mg/次", "1.5%", "38.5℃", "COVID-19", "a-b_c", "120/80mmHg", "+86",
+    "繁體中文醫學", "龘䶮𠮷", "頭痛\t發燒", "您好，请问有什么不舒服？", "您好。请问有什么不舒服", "Ａ１２３", "<br>", "&quot;", "①②③", "é̂ñ", "\ufffd", "医生\r\n你好",
+]  # fmt: skip
+
+
+def reference(pairs: list[tuple[str, str]]) -> list[tuple[float, ...]]:
+    """Score with LLaMA-Factory's own class, whose tokenizer only has to give the texts back."""
+    from llamafactory.train.sft.metric import ComputeSimilarity
+
+    texts = [text for pair in pairs for text in pair]
+    tokenizer = SimpleNamespace(
+        pad_token_id=0, batch_decode=lambda ids, skip_special_tokens: [texts[row[0]] for row in ids]
+    )
+    metric = ComputeSimilarity(tokenizer=tokenizer)
+    places = np.arange(len(texts)).reshape(-1, 2)
+    metric(SimpleNamespace(predictions=places[:, :1], label_ids=places[:, 1:]), compute_result=False)
+    return list(zip(*(metric.score_dict[name] for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l")), strict=True))
+
+
+def ours(pairs: list[tuple[str, str]]) -> list[tuple[float, ...]]:
+    return [tuple(score_pair(predict, label, SEGMENTER)) for predict, label in pairs]
+
+
+@pytest.mark.parametrize(
+    ("predict", "label", "expected"),
+    [
+        ("", "", Scores(0, 0, 0, 0)),
+        ("", "您好", Scores(0, 0, 0, 0)),
+        ("您好", " \n", Scores(0, 0, 0, 0)),
+        ("您好", "再见", Scores(0, 0, 0, 0)),
+        (
+            "好",
+            "好",
+            Scores(35.3553, 100, 0, 100),
+        ),  # a perfect match under four characters: method3 smooths what isn't there
+        ("您好", "您好", Scores(59.4604, 100, 0, 100)),
+        ("请就医", "请就医", Scores(84.0896, 100, 100, 100)),
+        ("建议多喝水，注意休息", "建议多喝水，注意休息", Scores(100, 100, 100, 100)),
+    ],
+)
+def test_known_values(predict, label, expected):
+    assert score_pair(predict, label, SEGMENTER) == pytest.approx(expected, abs=1e-4)
+
+
+def test_equal_on_every_odd_pair():
+    pairs = list(itertools.product(ODD, ODD))
+    assert len(pairs) >= 100
+    assert ours(pairs) == reference(pairs)
+
+
+def test_equal_on_a_very_long_answer():
+    long = "".join(random.Random(1).choices("头痛发热咳嗽建议您及时就医，。检查血常规", k=1500))
+    assert ours([(long, long[::-1])]) == reference([(long, long[::-1])])
+    six_thousand = long * 4
+    assert ours([(six_thousand, six_thousand)])[0][0] == 100
+
+
+ALPHABET = st.text(
+    st.one_of(st.sampled_from("头痛发热您好。，？！ \n.…”a1-%"), st.characters(exclude_categories=("Cs",))),
+    max_size=40,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(ALPHABET, ALPHABET)
+def test_equal_on_random_pairs(predict, label):
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    assert list(SEGMENTER.cut(predict)) == list(jieba.cut(predict))
+    assert bleu_4(predict, label) == sentence_bleu(
+        [list(label)], list(predict), smoothing_function=SmoothingFunction().method3
+    )
+    assert ours([(predict, label)]) == reference([(predict, label)])
+
+
+@pytest.mark.real_data
+def test_equal_on_real_pairs(real_data):
+    with (real_data / "raw/huatuo_encyclopedia_qa/train_datasets.jsonl").open(encoding="utf-8") as lines:
+        answers = [json.loads(line)["answers"][0] for line in lines]
+    answers += [
+        turn
+        for record in json.loads((real_data / "raw/cmtmedqa/CMtMedQA_test.json").read_bytes())
+        for turn in [record["output"]]
+    ]
+    shuffled = random.Random(3).sample(answers, len(answers))
+    pairs = list(zip(shuffled, answers, strict=True))[:1500]
+    assert len(pairs) >= 1000
+    assert ours(pairs) == reference(pairs)
