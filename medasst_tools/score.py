@@ -9,7 +9,9 @@ checked against the test set, so that scores per dataset are of the right record
 
 import argparse
 import json
+import logging
 import unicodedata
+import warnings
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -194,13 +196,12 @@ _SEGMENTER: list = []
 def _segmenter():
     """Return this process's segmenter; jieba's dictionary takes a second to load."""
     if not _SEGMENTER:
-        import logging
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # jieba's and rouge-chinese's sources warn when Python first compiles them
+            import jieba
 
-        import jieba
-
+            from medasst_tools.word_segmenter import WordSegmenter
         jieba.setLogLevel(logging.WARNING)
-        from medasst_tools.word_segmenter import WordSegmenter
-
         _SEGMENTER.append(WordSegmenter())
     return _SEGMENTER[0]
 

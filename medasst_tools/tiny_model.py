@@ -3,12 +3,14 @@
 Run: `medasst tiny-model --data-dir data/demo --out saves/tiny_qwen2`
 
 The weights are random. `factory_configs/demo_base/train.yaml` then trains all of them through LLaMA-Factory on the plain
-text that this module writes beside them (`text.jsonl`), which gives the demo something to adapt. Nothing that it says is
-medical advice, or sense.
+sentences that this module writes beside them (`text.jsonl`), which gives the demo something to adapt: a base that knows
+words, and neither dialogue nor what belongs together. Nothing that it says is medical advice, or sense.
 """
 
 import argparse
 import json
+import random
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -60,7 +62,7 @@ def build_tiny_model(
     documents: list[str],
     out: Path,
     seed: int = 42,
-    vocab_size: int = 2048,
+    vocab_size: int = 4096,
     hidden_size: int = 256,
     layers: int = 2,
 ) -> None:
@@ -93,7 +95,7 @@ def build_tiny_model(
         )
         Qwen2ForCausalLM(config).save_pretrained(work)
         tokenizer.save_pretrained(work)
-        _write_text_dataset(documents, work)
+        _write_text_dataset(documents, work, seed)
         work.chmod(0o755)  # mkdtemp's folder is for its owner only
         shutil.rmtree(out, ignore_errors=True)
         work.rename(out)
@@ -126,11 +128,15 @@ def train_tokenizer(documents: list[str], vocab_size: int):
     )
 
 
-def _write_text_dataset(documents: list[str], folder: Path) -> None:
-    """Write the documents as a LLaMA-Factory pre-training dataset: stage `pt` reads the prompt column alone."""
+def _write_text_dataset(documents: list[str], folder: Path, seed: int) -> None:
+    """Write the documents' sentences, shuffled, as a LLaMA-Factory dataset for stage `pt`, which reads the prompt column alone.
+
+    Shuffled, because a base that had read the answers behind their questions would leave fine-tuning nothing to show.
+    """
+    sentences = [sentence.strip() for document in documents for sentence in re.split(r"(?<=[。？！\n])", document)]
+    random.Random(seed).shuffle(sentences)
     with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
-        for document in documents:
-            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in sentences if text)
     write_json(
         folder / "dataset_info.json", {TEXT_DATASET: {"file_name": "text.jsonl", "columns": {"prompt": "text"}}}
     )
