@@ -12,6 +12,10 @@ SHELL := /bin/bash
 EXPERIMENT ?= demo
 # what `make eval` evaluates: for the demo its untuned base too, so that the report has two rows to compare
 EXPERIMENTS ?= $(if $(filter demo,$(EXPERIMENT)),demo demo_base,$(EXPERIMENT))
+RENDERED_EXPERIMENTS := $(notdir $(patsubst %/,%,$(wildcard factory_configs/*/)))
+ifeq ($(filter $(EXPERIMENT),$(RENDERED_EXPERIMENTS)),)
+  $(error no experiment '$(EXPERIMENT)' in factory_configs; there are $(RENDERED_EXPERIMENTS); after a change of experiments.yaml run `make configs`)
+endif
 ifneq ($(filter demo%,$(EXPERIMENT)),)
   RAW ?= dataset_info/samples/raw
   EXAMS ?= dataset_info/samples/exams
@@ -40,7 +44,7 @@ TUNED := $(patsubst factory_configs/%/train.yaml,%,$(wildcard factory_configs/*/
 .PHONY: help
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "  EXPERIMENT=$(EXPERIMENT) ($(notdir $(patsubst %/,%,$(wildcard factory_configs/*/)))), RAW=$(RAW), EXAMS=$(EXAMS), ARGS=key=value..."
+	@echo "  EXPERIMENT=$(EXPERIMENT) ($(RENDERED_EXPERIMENTS)), RAW=$(RAW), EXAMS=$(EXAMS), ARGS=key=value..."
 
 # ---- environment ----------------------------------------------------------------------------------------------------
 .PHONY: setup constraints
