@@ -48,7 +48,9 @@ def copy_project(target: Path) -> Path:
 
 def make_environment(project: Path) -> dict[str, str]:
     """Return the environment in which make in a copy runs the copy's own medasst_tools, not the installed tree's."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    # `make test ARGS=...` hands its variables to every make below it, by the environment too
+    of_the_outer_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS", "EXPERIMENT", "RAW", "EXAMS", "SHOTS")
+    kept = {key: value for key, value in os.environ.items() if key not in of_the_outer_make}
     return kept | {"PYTHONPATH": str(project), "PYTHON": sys.executable}
 
 
@@ -80,6 +82,8 @@ def evaluated(project) -> dict[str, str]:
         )  # fmt: skip
         while killed.poll() is None and not list(project.glob("saves/demo_base/checkpoint-*/trainer_state.json")):
             time.sleep(0.5)
+        if killed.poll() is not None:
+            pytest.fail(f"make train ended before its first checkpoint:\n{log.read_text()[-6000:]}", pytrace=False)
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
     return {"killed": log.read_text(), "eval": run_make(project, "eval").stdout}
