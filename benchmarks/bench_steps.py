@@ -46,7 +46,7 @@ def main() -> None:
             steps = [("install", ["setup"], 0), *STEPS]
         print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
               f"llamafactory {metadata.version('llamafactory')}, torch {metadata.version('torch')}, "
-              f"inputs: {' '.join(words) or 'samples'}\n")  # fmt: skip
+              f"inputs: {' '.join(args.inputs) or 'samples'}\n")  # fmt: skip
         print("| step | seconds | peak memory, MB | starts of llamafactory-cli |\n|---|---:|---:|---:|", flush=True)
         rows = [run_step(project, name, [*target, *words], starts) for name, target, starts in steps]
     seconds, memory, starts = sum(row[0] for row in rows), max(row[1] for row in rows), sum(row[2] for row in rows)

@@ -14,7 +14,7 @@ import unicodedata
 import warnings
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from importlib import metadata
@@ -174,7 +174,7 @@ def _scored_chunks(chunks: Iterable[tuple], workers: int) -> Iterator[list]:
     if workers == 1:
         yield from map(score_chunk, chunks)
         return
-    _segmenter()  # before the fork, so that the dictionary is loaded once
+    _score_pair()  # before the fork, so that the dictionary is loaded once
     with ProcessPoolExecutor(workers) as pool:
         waiting = deque(pool.submit(score_chunk, chunk) for chunk in islice(chunks, 2 * workers))
         while waiting:
@@ -184,26 +184,19 @@ def _scored_chunks(chunks: Iterable[tuple], workers: int) -> Iterator[list]:
 
 def score_chunk(chunk: tuple) -> list[tuple[bool, bool, tuple]]:
     """Score some records; runs in a worker."""
-    from medasst_tools.text_metrics import score_pair
-
-    segmenter = _segmenter()
-    return [(not predict.strip(), cut, score_pair(predict, label, segmenter)) for predict, label, cut in chunk]
+    score_pair = _score_pair()
+    return [(not predict.strip(), cut, score_pair(predict, label)) for predict, label, cut in chunk]
 
 
-_SEGMENTER: list = []
+def _score_pair() -> Callable[[str, str], tuple]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jieba's and rouge-chinese's sources warn when Python first compiles them
+        import jieba
 
-
-def _segmenter():
-    """Return this process's segmenter; jieba's dictionary takes a second to load."""
-    if not _SEGMENTER:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # jieba's and rouge-chinese's sources warn when Python first compiles them
-            import jieba
-
-            from medasst_tools.word_segmenter import WordSegmenter
-        jieba.setLogLevel(logging.WARNING)
-        _SEGMENTER.append(WordSegmenter())
-    return _SEGMENTER[0]
+        from medasst_tools.text_metrics import score_pair
+    jieba.setLogLevel(logging.WARNING)
+    jieba.initialize()  # its dictionary takes a moment, once a process
+    return score_pair
 
 
 def summarise(values: array, empty: array, cut: array, test_sets: dict[str, Path]) -> dict[str, Any]:
@@ -237,7 +230,7 @@ def signature(n: int) -> str:
     """Return what it takes to get the same numbers again."""
     from medasst_tools.bootstrap import RESAMPLES, SEED
 
-    versions = "|".join(f"{name}:{metadata.version(name)}" for name in ("nltk", "rouge-chinese", "jieba"))
+    versions = "|".join(f"{name}:{metadata.version(name)}" for name in ("nltk", "rouge-chinese", "jieba", "rjieba"))
     return (
         f"bleu-4:char,nltk-method3|rouge-1,2,l:f,jieba-words|mean-over-records,percent|n:{n}|{versions}"
         f"|as:llamafactory-{metadata.version('llamafactory')}|ci95:bootstrap-{RESAMPLES},seed-{SEED}|medasst:{__version__}"

@@ -49,7 +49,17 @@ def copy_project(target: Path) -> Path:
 def make_environment(project: Path) -> dict[str, str]:
     """Return the environment in which make in a copy runs the copy's own medasst_tools, not the installed tree's."""
     # `make test ARGS=...` hands its variables to every make below it, by the environment too
-    of_the_outer_make = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS", "EXPERIMENT", "RAW", "EXAMS", "SHOTS")
+    of_the_outer_make = (
+        "MAKEFLAGS",
+        "MAKEOVERRIDES",
+        "MAKELEVEL",
+        "MFLAGS",
+        "ARGS",
+        "EXPERIMENT",
+        "RAW",
+        "EXAMS",
+        "SHOTS",
+    )
     kept = {key: value for key, value in os.environ.items() if key not in of_the_outer_make}
     return kept | {"PYTHONPATH": str(project), "PYTHON": sys.executable}
 

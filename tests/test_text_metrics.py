@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medasst_tools.text_metrics import Scores, bleu_4, score_pair
-from medasst_tools.word_segmenter import WordSegmenter
-
-SEGMENTER = WordSegmenter()
+from medasst_tools.word_segmenter import spaced_words
 
 ODD = [
     "", " ", "\n", "　", "\u200b", ".", "。", "？！", "......", "…… ", "。\n\n\n。好", "”。好“", "好？”又", "\x00", "\x1c", "\x85", "a\u2028b",
@@ -38,7 +36,7 @@ def reference(pairs: list[tuple[str, str]]) -> list[tuple[float, ...]]:
 
 
 def ours(pairs: list[tuple[str, str]]) -> list[tuple[float, ...]]:
-    return [tuple(score_pair(predict, label, SEGMENTER)) for predict, label in pairs]
+    return [tuple(score_pair(predict, label)) for predict, label in pairs]
 
 
 @pytest.mark.parametrize(
@@ -59,13 +57,28 @@ def ours(pairs: list[tuple[str, str]]) -> list[tuple[float, ...]]:
     ],
 )
 def test_known_values(predict, label, expected):
-    assert score_pair(predict, label, SEGMENTER) == pytest.approx(expected, abs=1e-4)
+    assert score_pair(predict, label) == pytest.approx(expected, abs=1e-4)
 
 
 def test_equal_on_every_odd_pair():
     pairs = list(itertools.product(ODD, ODD))
     assert len(pairs) >= 100
     assert ours(pairs) == reference(pairs)
+
+
+def test_words_equal_jiebas_on_its_whole_dictionary():
+    jieba.initialize()
+    words = list(jieba.dt.FREQ)
+    assert len(words) > 300_000
+    assert [word for word in words if spaced_words(word) != " ".join(jieba.cut(word))] == []
+
+
+def test_words_equal_jiebas_on_random_words():
+    jieba.initialize()
+    dictionary, generator = list(jieba.dt.FREQ), random.Random(7)
+    kinds = [dictionary, [chr(code) for code in range(0x4E00, 0x9FD6)], list("常在带的了是不，。 -.%a1m\n")]
+    texts = ["".join(generator.choice(generator.choice(kinds)) for _ in range(12)) for _ in range(20_000)]
+    assert [text for text in texts if spaced_words(text) != " ".join(jieba.cut(text))] == []
 
 
 def test_equal_on_a_very_long_answer():
@@ -86,7 +99,7 @@ ALPHABET = st.text(
 def test_equal_on_random_pairs(predict, label):
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-    assert list(SEGMENTER.cut(predict)) == list(jieba.cut(predict))
+    assert spaced_words(predict) == " ".join(jieba.cut(predict))
     assert bleu_4(predict, label) == sentence_bleu(
         [list(label)], list(predict), smoothing_function=SmoothingFunction().method3
     )
