@@ -31,6 +31,7 @@ else
 endif
 ARGS ?=
 SHOTS ?= 0
+REPORT_LANG ?= en
 PYTHON ?= python3
 export USE_MODELSCOPE_HUB ?= 1
 
@@ -99,7 +100,7 @@ saves/demo/run.json: saves/demo_base/run.json
 .PHONY: predict exam report eval
 predict: results/$(EXPERIMENT)/generated_predictions.jsonl ## answer the dialogue test set
 exam: results/$(EXPERIMENT)/exam.json ## answer the exam questions (SHOTS=0 or 5)
-report: results/report.md ## write results/report.md and report.html
+report: results/report.md ## write results/report.md and report.html (REPORT_LANG=zh)
 eval: results/report.md ## everything, from installation to report, for $(EXPERIMENTS)
 
 # a tuned model must be trained before it answers
@@ -118,8 +119,9 @@ results/%/exam.json: factory_configs/%/chat.yaml $(wildcard $(EXAMS)/* $(EXAMS)/
 	$(MEDASST) exam $< --exams-dir $(EXAMS) --out $(@D) --shots $(SHOTS)
 	echo '$(EXAMS) $(SHOTS)' > $(@D)/.exams
 
-results/report.md: $(foreach name,$(EXPERIMENTS),results/$(name)/scores.json results/$(name)/exam.json) $(wildcard templates/report.*) dataset_info/paper.yaml
-	$(MEDASST) report
+results/report.md: $(foreach name,$(EXPERIMENTS),results/$(name)/scores.json results/$(name)/exam.json) $(wildcard templates/report*) dataset_info/paper.yaml $$(call changed,$(REPORT_LANG),results/.lang)
+	$(MEDASST) report --lang $(REPORT_LANG)
+	echo '$(REPORT_LANG)' > results/.lang
 
 # ---- in use ---------------------------------------------------------------------------------------------------------
 .PHONY: chat export
@@ -138,7 +140,7 @@ export: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## merge the adapter in
 	llamafactory-cli export factory_configs/$(EXPERIMENT)/export.yaml $(ARGS)
 
 # ---- the project itself ---------------------------------------------------------------------------------------------
-.PHONY: test lint format bench clean
+.PHONY: test lint format bench bench-score clean
 test: $(INSTALLED) ## every test
 	$(BIN)/pytest $(ARGS)
 
@@ -153,6 +155,9 @@ format: $(INSTALLED) ## fix style
 
 bench: $(INSTALLED) ## time and memory of each step of `make eval` (ARGS="--with-setup RAW=... EXAMS=...")
 	$(BIN)/python benchmarks/bench_steps.py $(ARGS)
+
+bench-score: $(INSTALLED) ## scores and exams against LLaMA-Factory's own way (ARGS="--exams-dir data/exams")
+	$(BIN)/python benchmarks/bench_score.py $(ARGS)
 
 clean: ## remove what runs made: data/demo, saves/, results/ (not data/raw, data/exams, data/full, .venv)
 	rm -rf data/demo saves results

@@ -20,6 +20,7 @@ VERBS = {
     "train": ("medasst_tools.train", "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished"),
     "score": ("medasst_tools.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
     "exam": ("medasst_tools.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
+    "compare": ("medasst_tools.compare", "two experiments on the same records: is one better, and how sure is that"),
     "report": ("medasst_tools.report", "everything in results/ beside the paper's tables"),
 }
 

@@ -334,16 +334,21 @@ def average_interval(scores: dict[str, float], intervals: dict[str, list[float]]
     return [round(mean - below, 4), round(mean + above, 4)]
 
 
-def expected_calibration_error(rows: list[dict[str, Any]]) -> float:
-    """Return the ECE in percent: |confidence - accuracy| in ten equal bins of the answer's probability, weighted by size."""
+def calibration_bins(rows: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
+    """Return (size, mean confidence, accuracy), from 0 to 1, of each of ten equal bins of the answer's probability."""
     bins: dict[int, list[tuple[float, bool]]] = {}
     for row in rows:
         confidence = row["probs"][row["predicted"]]
         bins.setdefault(min(int(confidence * ECE_BINS), ECE_BINS - 1), []).append((confidence, _is_right(row)))
-    gaps = (
-        abs(sum(confidence for confidence, _ in members) - sum(right for _, right in members))
-        for members in bins.values()
-    )
+    return [
+        (len(members), *(sum(column) / len(members) for column in zip(*members, strict=True)))
+        for _, members in sorted(bins.items())
+    ]
+
+
+def expected_calibration_error(rows: list[dict[str, Any]]) -> float:
+    """Return the ECE in percent: the bins' |confidence - accuracy|, weighted by their size (Naeini et al. 2015)."""
+    gaps = (size * abs(confidence - accuracy) for size, confidence, accuracy in calibration_bins(rows))
     return 100 * sum(gaps) / len(rows)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from medasst_tools.errors import UserError
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent  # dataset_info/, templates/ and factory_configs/ lie there
 
 
@@ -64,3 +66,16 @@ def model_sha256(folder: Path) -> str | None:
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     lines = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON Lines file that a step wrote; UserError names a line that isn't one."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number} is damaged; run the step that writes it again")
+            yield record

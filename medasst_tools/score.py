@@ -174,7 +174,7 @@ def _scored_chunks(chunks: Iterable[tuple], workers: int) -> Iterator[list]:
     if workers == 1:
         yield from map(score_chunk, chunks)
         return
-    _score_pair()  # before the fork, so that the dictionary is loaded once
+    prepare()  # before the fork, so that the dictionary is loaded once
     with ProcessPoolExecutor(workers) as pool:
         waiting = deque(pool.submit(score_chunk, chunk) for chunk in islice(chunks, 2 * workers))
         while waiting:
@@ -184,18 +184,21 @@ def _scored_chunks(chunks: Iterable[tuple], workers: int) -> Iterator[list]:
 
 def score_chunk(chunk: tuple) -> list[tuple[bool, bool, tuple]]:
     """Score some records; runs in a worker."""
-    score_pair = _score_pair()
+    score_pair = prepare()
     return [(not predict.strip(), cut, score_pair(predict, label)) for predict, label, cut in chunk]
 
 
-def _score_pair() -> Callable[[str, str], tuple]:
+def prepare() -> Callable[[str, str], tuple]:
+    """Load the dictionaries, once a process, and return the function that scores a pair."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jieba's and rouge-chinese's sources warn when Python first compiles them
         import jieba
 
         from medasst_tools.text_metrics import score_pair
+        from medasst_tools.word_segmenter import spaced_words
     jieba.setLogLevel(logging.WARNING)
-    jieba.initialize()  # its dictionary takes a moment, once a process
+    jieba.initialize()
+    spaced_words("好")  # the port loads its dictionary with the first text
     return score_pair
 
 

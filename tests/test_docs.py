@@ -15,7 +15,7 @@ from medasst_tools.exam_questions import load_protocol
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 EXPERIMENTS = yaml.safe_load((ROOT / "factory_configs/experiments.yaml").read_text(encoding="utf-8"))["experiments"]
-TARGETS = set(re.findall(r"^([a-z]+):.*## ", MAKEFILE, re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
 
 
 def code_blocks(text: str) -> list[str]:
@@ -26,7 +26,7 @@ def code_blocks(text: str) -> list[str]:
 def test_commands_exist(name):
     text = READMES[name]
     assert (
-        set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(re.findall(r"`(make [^`]+)`", text) + code_blocks(text))))
+        set(re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(re.findall(r"`(make [^`]+)`", text) + code_blocks(text))))
         <= TARGETS
     )
     assert set(re.findall(r"medasst ([a-z][a-z-]+)", "\n".join(code_blocks(text)))) <= VERBS.keys()

@@ -1,12 +1,15 @@
 """medasst report: every number from a file, "not run" where there is none, and text that stays text."""
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from medasst_tools import cli, report
+from medasst_tools import cli, report, report_figures
 
 PAPER = yaml.safe_load(report.PAPER.read_text(encoding="utf-8"))
 
@@ -30,7 +33,16 @@ def exam(cmmlu: float) -> dict:
     means = {"cmmlu": cmmlu, "ceval": 30.0, "average": (cmmlu + 30) / 2}
     intervals = {name: [mean - 2, mean + 2] for name, mean in means.items()}
     facts = {"n": 1415, "n_by_benchmark": {"cmmlu": 1325, "ceval": 90}, "ci95": intervals, "ece": 12.345, "shots": 0}
+    subject = {"n": 148, "correct": 74, "accuracy": 50.0, "ci95": [42.0, 58.0]}
+    facts |= {"by_subject": {"cmmlu/anatomy": subject}, "chat_config": {"sha256": "ab" * 32}}
     return means | facts | {"as_released": True, "signature": "exam-sig"}
+
+
+EXAM_ROWS = [
+    {"benchmark": "cmmlu", "subject": "anatomy", "id": str(n), "answer": "A", "predicted": "AB"[n % 2],
+     "probs": {"A": 0.3 + n / 100, "B": 0.2, "C": 0.1, "D": 0.1}}
+    for n in range(20)
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -46,6 +58,10 @@ def page(tmp_path, monkeypatch):
     write(tmp_path / "results/demo/scores.json", scores(3.25))
     sample = {"prompt": "问", "predict": "<script>alert(1)</script> | `x` \n # [a](b)", "label": "正常*答案*"}
     write(tmp_path / "results/demo/generated_predictions.jsonl", json.dumps(sample, ensure_ascii=False) + "\n")
+    write(tmp_path / "results/demo/per_record.jsonl", json.dumps(dict.fromkeys(report.METRICS, 12.5)) + "\n")
+    write(tmp_path / "results/medasst/exam.jsonl", "".join(json.dumps(row) + "\n" for row in EXAM_ROWS))
+    log = [{"current_steps": step, "loss": 5 - step / 10} for step in (5, 10, 15)]
+    write(tmp_path / "saves/demo/trainer_log.jsonl", "".join(json.dumps(row) + "\n" for row in log) + '{"cut')
     assert cli.main(["report"]) == 0
     return (tmp_path / "results/report.md").read_text(encoding="utf-8")
 
@@ -94,7 +110,7 @@ def test_model_text_stays_text(page):
     assert (
         "<script>" not in page and "&lt;script&gt;alert\\(1\\)&lt;/script&gt; \\| \\`x\\` \\# \\[a\\]\\(b\\)" in page
     )
-    assert "正常\\*答案\\*" in page and "Some answers" in page
+    assert "| 12.5 | 问 | 正常\\*答案\\* |" in page
 
 
 def test_figure_4(page, tmp_path):
@@ -104,11 +120,15 @@ def test_figure_4(page, tmp_path):
 
 def test_same_files_same_page(page, tmp_path):
     before = {
-        path.name: path.read_bytes() for path in (tmp_path / "results").rglob("*.*") if path.suffix in (".md", ".png")
+        path.name: path.read_bytes()
+        for path in (tmp_path / "results").rglob("*.*")
+        if path.suffix in (".md", ".png", ".html")
     }
     assert cli.main(["report"]) == 0
     assert before == {
-        path.name: path.read_bytes() for path in (tmp_path / "results").rglob("*.*") if path.suffix in (".md", ".png")
+        path.name: path.read_bytes()
+        for path in (tmp_path / "results").rglob("*.*")
+        if path.suffix in (".md", ".png", ".html")
     }
 
 
@@ -116,7 +136,8 @@ def test_nothing_run_is_still_a_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report"]) == 0
     page = (tmp_path / "results/report.md").read_text(encoding="utf-8")
-    assert page.count("not run") >= 4 + 5 * 3 + 5 * 4 + 3 and "figure4.png" not in page
+    assert page.count("not run") >= 4 + 5 * 3 + 5 * 4 + 3 and ".png" not in page
+    assert "not run" in (tmp_path / "results/report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -131,3 +152,73 @@ def test_mistakes_are_named(tmp_path, monkeypatch, capsys, path, text, words, me
     write(tmp_path / path, text)
     assert cli.main(["report", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+FIGURES = ("figure4", "by_dataset", "by_subject", "calibration", "training_loss")
+
+
+def test_every_figure_is_drawn_and_shown(page, tmp_path):
+    for name in FIGURES:
+        assert f"](figures/{name}.png)" in page
+        assert (tmp_path / f"results/figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_html_page_needs_no_other_file(page, tmp_path):
+    html = (tmp_path / "results/report.html").read_text(encoding="utf-8")
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert len(sources) == len(FIGURES) and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "<script" not in html and "&lt;script&gt;alert(1)" in html
+    assert "<td>MedAsst, paper</td>" in html
+
+
+def test_chinese(page, tmp_path):
+    assert cli.main(["report", "--lang", "zh"]) == 0
+    chinese = (tmp_path / "results/report.md").read_text(encoding="utf-8")
+    assert row_of(chinese, "MedAsst, 我们 (`medasst`)")[1].startswith("80.25 (-8.07)")
+    for english in ("not run", "Table", "paper,", "doctor", "Where we differ"):
+        assert english not in chinese
+    numbers = [re.findall(r"\d[\d,.]*\d%?", text.replace("95 %", "95%")) for text in (page, chinese)]
+    assert sorted(numbers[0]) == sorted(numbers[1])
+    assert '<html lang="zh-CN">' in (tmp_path / "results/report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("font", "said"), [("DejaVu Sans", "考"), (None, "exam")])
+def test_figures_speak_chinese_only_with_a_font_for_it(monkeypatch, font, said):
+    monkeypatch.setattr(report_figures, "chinese_font", lambda: font)
+    assert report_figures._speaker("zh")("exam", "考") == said
+    assert report_figures._speaker("en")("exam", "考") == "exam"
+
+
+def test_best_and_worst(tmp_path):
+    values = [5.0, 50.0, 0.0, 20.0, 90.0, 1.0, 30.0]
+    records = [{"prompt": "", "predict": f"p{at}", "label": ""} for at in range(len(values))]
+    for name, rows in (
+        ("generated_predictions", records),
+        ("per_record", [dict.fromkeys(report.METRICS, value) for value in values]),
+    ):
+        write(tmp_path / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    chosen = report.best_and_worst(tmp_path, tmp_path / "predict.yaml")
+    assert [(row["predict"], row["mean"]) for row in chosen["best"]] == [("p4", 90), ("p1", 50), ("p6", 30)]
+    assert [row["predict"] for row in chosen["worst"]] == ["p2", "p5", "p0"]
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium; .ci/run installs it")
+def test_the_page_opens_in_a_browser(page, tmp_path):
+    """With no network at all: the figures have a size, so they were decoded, and the tables are tables."""
+    words = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=2000",
+        "--window-size=1000,3000",
+    ]
+    shot = tmp_path / "page.png"
+    subprocess.run(
+        [*words, f"--screenshot={shot}", (tmp_path / "results/report.html").as_uri()], check=True, capture_output=True
+    )
+    from PIL import Image
+
+    with Image.open(shot) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+    assert (31, 119, 180) in colours  # the first bar's blue

@@ -1,0 +1,210 @@
+"""The report's figures, as PNG files, from what the steps wrote; a figure of nothing is no file.
+
+Labels are Chinese only where the machine has a font that can show it, so that no figure shows boxes.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
+CHINESE_FONTS = (
+    "Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+    "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Heiti SC", "Arial Unicode MS",
+)  # fmt: skip
+SMOOTHED_LOGS = 5
+Say = Callable[[str, str], str]
+
+
+def draw_all(results: dict[str, dict[str, Any]], titles: dict[str, str], subjects: dict[str, str], folder: Path,
+             lang: str) -> dict[str, Path]:  # fmt: skip
+    """Draw what can be drawn; {name: file}. `titles` names experiments, `subjects` has the exams' Chinese names."""
+    say = _speaker(lang)
+
+    def ran(key: str) -> dict[str, Any]:
+        return {titles[name]: result[key] for name, result in results.items() if result[key]}
+
+    figures = {
+        "figure4": _scores_by_metric(ran("scores"), say),
+        "by_dataset": _scores_by_dataset(ran("scores"), say),
+        "by_subject": _exams_by_subject(ran("exam"), subjects, say),
+        "calibration": _calibration(ran("exam_rows"), say),
+        "training_loss": _training_loss(ran("losses"), say),
+    }
+    drawn = {}
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        path.unlink(missing_ok=True)
+        if figure is not None:
+            _save(figure, path)
+            drawn[name] = path
+    return drawn
+
+
+def _speaker(lang: str) -> Say:
+    """Return say(english, chinese) for the figures' language, English if no font here has Chinese."""
+    font = chinese_font()
+    if font:
+        from matplotlib import rcParams
+
+        rcParams["font.sans-serif"] = [font, "DejaVu Sans"]
+        rcParams["axes.unicode_minus"] = False  # the fonts above have no U+2212
+    return (lambda english, chinese: chinese) if lang == "zh" and font else (lambda english, chinese: english)
+
+
+def chinese_font() -> str | None:
+    """Return the name of an installed font with simplified Chinese, None if there is none."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import font_manager
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return next((name for name in CHINESE_FONTS if name in installed), None)
+
+
+def _axes(columns: int = 1, size: tuple[float, float] = (8, 4.5)):
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    for part in axes[0]:
+        part.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
+
+
+def _save(figure, path: Path) -> None:
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _errors(rows: list[tuple[float, list[float]]]) -> list[list[float]]:
+    """Return matplotlib's [below, above] of (mean, [low, high]) rows."""
+    return [[abs(mean - interval[side]) for mean, interval in rows] for side in (0, 1)]
+
+
+def _scores_by_metric(scores: dict[str, dict[str, Any]], say: Say):
+    """The paper's Figure 4: bars grouped by metric, a colour a model."""
+    if not scores:
+        return None
+    figure, (axes,) = _axes()
+    width = 0.8 / len(scores)
+    for place, (name, row) in enumerate(scores.items()):
+        positions = [group + (place - (len(scores) - 1) / 2) * width for group in range(len(METRICS))]
+        bars = axes.bar(
+            positions, [row[metric] for metric in METRICS], width * 0.92, color=f"C{place}", capsize=3,
+            yerr=_errors([(row[metric], row["ci95"][metric]) for metric in METRICS]), label=f"{name} (n={row['n']:,})",
+        )  # fmt: skip
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    axes.set_xticks(range(len(METRICS)), [metric.upper() for metric in METRICS])
+    axes.set_ylabel(say("score, percent (lines: 95 % interval)", "得分，百分比（线段：95% 置信区间）"))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _scores_by_dataset(scores: dict[str, dict[str, Any]], say: Say):
+    """Return one panel a metric, the test sets side by side."""
+    scores = {name: row["by_dataset"] for name, row in scores.items() if row.get("by_dataset")}
+    if not scores:
+        return None
+    datasets = list(dict.fromkeys(dataset for row in scores.values() for dataset in row))
+    figure, panels = _axes(len(METRICS), (12, 0.9 + 0.35 * len(datasets) * (1 + len(scores)) / 2))
+    width = 0.8 / len(scores)
+    for metric, axes in zip(METRICS, panels, strict=True):
+        for place, (name, row) in enumerate(scores.items()):
+            there = [dataset for dataset in datasets if dataset in row]
+            axes.barh(
+                [datasets.index(d) + place * width for d in there], [row[d][metric] for d in there], width * 0.92,
+                xerr=_errors([(row[d][metric], row[d]["ci95"][metric]) for d in there]), capsize=2, color=f"C{place}",
+                label=name,
+            )  # fmt: skip
+        axes.set_yticks(
+            [place + 0.4 - width / 2 for place in range(len(datasets))], datasets if axes is panels[0] else []
+        )
+        axes.invert_yaxis()
+        axes.set_title(metric.upper(), fontsize=10)
+    figure.supxlabel(say("score, percent", "得分，百分比"), fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def _exams_by_subject(exams: dict[str, dict[str, Any]], subjects: dict[str, str], say: Say):
+    """Return accuracy with Wilson's interval per subject, and the line of chance."""
+    if not exams:
+        return None
+    names = list(dict.fromkeys(subject for exam in exams.values() for subject in exam["by_subject"]))
+    figure, (axes,) = _axes(size=(8, 1.2 + 0.3 * len(names) * (1 + len(exams)) / 2))
+    width = 0.8 / len(exams)
+    for place, (name, exam) in enumerate(exams.items()):
+        there = [(names.index(subject), row) for subject, row in exam["by_subject"].items()]
+        axes.barh(
+            [at + place * width for at, _ in there], [row["accuracy"] for _, row in there], width * 0.92, capsize=2,
+            xerr=_errors([(row["accuracy"], row["ci95"]) for _, row in there]), color=f"C{place}", label=name,
+        )  # fmt: skip
+    axes.axvline(25, color="grey", linestyle=":", label=say("chance", "随机"))
+    axes.set_yticks(
+        [at + 0.4 - width / 2 for at in range(len(names))], [say(name, subjects.get(name, name)) for name in names]
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel(say("right answers, percent (lines: 95 % interval)", "正确率，百分比（线段：95% 置信区间）"))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def _calibration(exams: dict[str, list[dict[str, Any]]], say: Say):
+    """Return the share of right answers over the model's probability of its answer; the diagonal is calibrated."""
+    from medasst_tools.exam import calibration_bins
+
+    if not exams:
+        return None
+    figure, (axes,) = _axes(size=(5.5, 4.5))
+    axes.plot([0, 100], [0, 100], color="grey", linestyle=":", label=say("calibrated", "完全校准"))
+    for place, (name, rows) in enumerate(exams.items()):
+        bins = calibration_bins(rows)
+        axes.plot(
+            [100 * confidence for _, confidence, _ in bins], [100 * accuracy for _, _, accuracy in bins], "o-",
+            color=f"C{place}", label=name,
+        )  # fmt: skip
+    axes.set_xlabel(say("probability of the chosen answer, percent", "所选答案的概率，百分比"))
+    axes.set_ylabel(say("right answers, percent", "正确率，百分比"))
+    axes.set(xlim=(20, 100), ylim=(0, 100))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _training_loss(losses: dict[str, list[tuple[int, float]]], say: Say):
+    """Return the logged losses, and their running mean over the last SMOOTHED_LOGS logs."""
+    if not losses:
+        return None
+    figure, (axes,) = _axes()
+    for place, (name, points) in enumerate(losses.items()):
+        steps, values = zip(*points, strict=True)
+        means = [
+            sum(values[max(0, at - SMOOTHED_LOGS + 1) : at + 1]) / min(at + 1, SMOOTHED_LOGS)
+            for at in range(len(values))
+        ]
+        axes.plot(steps, values, color=f"C{place}", alpha=0.25)
+        axes.plot(steps, means, color=f"C{place}", label=name)
+    axes.set_xlabel(say("step", "训练步"))
+    axes.set_ylabel(say("training loss", "训练损失"))
+    axes.legend(frameon=False)
+    return figure
+
+
+def read_losses(trainer_log: Path) -> list[tuple[int, float]]:
+    """Return (step, loss) of LLaMA-Factory's trainer_log.jsonl; of a resumed run each step's last loss."""
+    if not trainer_log.is_file():
+        return []
+    points = {}
+    for line in trainer_log.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a run that was killed while it wrote
+            continue
+        if "loss" in record:
+            points[record["current_steps"]] = record["loss"]
+    return sorted(points.items())
