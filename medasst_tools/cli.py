@@ -12,6 +12,10 @@ from medasst_tools.errors import CheckFailed, UserError
 
 VERBS = {
     "convert": ("medasst_tools.convert", "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for"),
+    "audit": (
+        "medasst_tools.audit",
+        "duplicates, test questions in training, lengths, personal data of converted data",
+    ),
     "render": ("medasst_tools.render", "factory_configs/experiments.yaml to LLaMA-Factory configs"),
     "tiny-model": (
         "medasst_tools.tiny_model",

@@ -7,6 +7,7 @@ n-grams only where shorter ones match, rapidfuzz for the longest common subseque
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -57,9 +58,14 @@ def _clipped_matches(predict: str, label: str) -> list[int]:
     matches = []
     places, ngrams = [range(len(predict)), range(len(label))], [predict, label]
     for n in range(1, 5):
-        common = set(ngrams[0]).intersection(ngrams[1])
-        counts, available = (Counter(filter(common.__contains__, side)) for side in ngrams)
-        matches.append(sum(map(min, counts.values(), map(available.__getitem__, counts))))
+        different = [set(side) for side in ngrams]
+        common = different[0] & different[1]
+        if any(len(different[side]) == len(ngrams[side]) for side in (0, 1)):
+            matches.append(len(common))  # where none stands twice, each counts once
+        else:
+            matches.append(_clipped_count(ngrams, common))
+        if not common:
+            return matches + [0] * (4 - n)
         for side, text in enumerate((predict, label)):
             matched = [place for place, ngram in zip(places[side], ngrams[side], strict=True) if ngram in common]
             places[side] = [place for place, after in pairwise(matched) if after == place + 1]
@@ -67,13 +73,20 @@ def _clipped_matches(predict: str, label: str) -> list[int]:
     return matches
 
 
+def _clipped_count(ngrams: list[Sequence[str]], common: set[str]) -> int:
+    counts, available = (Counter(filter(common.__contains__, side)) for side in ngrams)
+    return sum(map(min, counts.values(), map(available.__getitem__, counts)))
+
+
 def _words(text: str) -> list[str]:
     """Return the words that rouge-chinese counts: sentences are split and joined again, which can leave empty words."""
     spaced = spaced_words(text)
-    if not spaced.split():
-        return []
+    words = spaced.split()
+    if not words or not ("\n" in text or "......" in text):  # what can leave an empty word, or split one
+        return words
     sentences = (" ".join(sentence.split()) for sentence in _ROUGE.cut_sent(spaced) if sentence)
-    return [word for sentence in sentences for word in sentence.split(" ")]
+    # an empty word counts too; as a line feed, which is no other word, because rapidfuzz takes "" and "\\0" for the same
+    return [word or "\n" for sentence in sentences for word in sentence.split(" ")]
 
 
 _ROUGE = Rouge()
@@ -85,10 +98,7 @@ def _rouge(predict: list[str], label: list[str]) -> tuple[float, float, float]:
         return 0.0, 0.0, 0.0
     rouge_1 = _set_f(set(predict), set(label))
     rouge_2 = _set_f(set(zip(predict, predict[1:], strict=False)), set(zip(label, label[1:], strict=False)))
-    # rapidfuzz compares strings by character: a character for each word makes it exact
-    codes: dict[str, str] = {}
-    coded = ["".join(codes.setdefault(word, chr(len(codes))) for word in words) for words in (predict, label)]
-    common = LCSseq.similarity(*coded)
+    common = LCSseq.similarity(predict, label)  # by the words' 64-bit hashes
     return rouge_1, rouge_2, _f(common / len(predict), common / len(label))
 
 

@@ -1,0 +1,294 @@
+"""Look a converted dataset_dir over: duplicates, test questions in training, lengths and what cutoff_len cuts, personal data.
+
+Run: `medasst audit --data-dir data/full [--exams-dir data/exams] [--tokenizer saves/tiny_qwen2]`
+
+Writes DIR/audit.json, DIR/overlap.jsonl (each training record whose question is a test question, with both places) and
+prints a summary. It changes no data; `medasst convert --drop-overlap --drop-duplicates --mask-personal-data` does.
+"""
+
+import argparse
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from medasst_tools import __version__
+from medasst_tools.errors import UserError
+from medasst_tools.files import atomic_writer, write_json
+from medasst_tools.personal_data import MASKS, mask
+from medasst_tools.question_overlap import BANDS, KINDS, NEAR, PERMUTATIONS, ROWS, Match, QuestionIndex
+from medasst_tools.text_identity import key, normalise, question_of
+
+CHUNK_BYTES = 1 << 23
+PARTS = ("question", "answer", "history")
+QUANTILES = (0.5, 0.9, 0.99)
+TOKEN_SAMPLE = 10_000
+IDENTITIES = ("records", "records_normalised", "questions", "questions_normalised")
+
+
+class ChunkResult(NamedTuple):
+    """What a piece of a dataset holds: four arrays of keys, three of lengths (characters), counts, overlaps."""
+
+    keys: dict[str, array]
+    lengths: dict[str, array]
+    personal_matches: Counter
+    personal_records: Counter
+    overlaps: list[tuple[int, list[Match]]]  # (record in the chunk, matches)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("--data-dir", type=Path, required=True, help="a folder that `medasst convert` wrote")
+    parser.add_argument("--exams-dir", type=Path, help="also look for the exams' questions in training")
+    parser.add_argument("--tokenizer", help="folder or hub id: also count tokens, and what --cutoff-len cuts")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path("factory_configs/medasst/train.yaml"),
+        help="whose cutoff_len, template and default_system the tokens are counted with (factory_configs/medasst/train.yaml)",
+    )
+    parser.add_argument(
+        "--token-sample",
+        type=int,
+        default=TOKEN_SAMPLE,
+        help=f"records of a dataset to count; 0: all ({TOKEN_SAMPLE})",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Audit the folder and write the findings."""
+    if args.workers < 1 or args.token_sample < 0:
+        raise UserError(f"--workers is {args.workers} and --token-sample {args.token_sample}; at least 1 and 0")
+    files = read_manifest(args.data_dir)
+    index = QuestionIndex(test_questions(files) | exam_questions(args.exams_dir))
+    datasets, unique, overlaps = {}, {}, []
+    for name, path in files.items():
+        datasets[name], unique[name], found = audit_dataset(path, None if is_test(name) else index, args.workers)
+        overlaps += [(name, line, match) for line, match in found]
+    if args.tokenizer:
+        from medasst_tools.audit_tokens import add_tokens
+
+        add_tokens(datasets, files, args)
+    findings = {
+        "datasets": datasets,
+        "between": shared_between(unique),
+        "overlap": summarise_overlap(index.sizes, overlaps),
+        "signature": signature(args),
+    }
+    with atomic_writer(args.data_dir / "overlap.jsonl") as file:
+        for name, line, match in overlaps:
+            row = {"dataset": name, "line": line, "test_set": match.test_set, "test_line": match.place + 1}
+            row |= {"kind": match.kind, "similarity": match.similarity}
+            file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+    write_json(args.data_dir / "audit.json", findings)
+    print_findings(findings, args.data_dir)
+
+
+def read_manifest(data_dir: Path) -> dict[str, Path]:
+    """Return {dataset: file} of a converted folder; UserError if it isn't one, or not whole."""
+    try:
+        manifest = json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))
+        datasets = manifest["datasets"]
+        files = {name: data_dir / f"{name}.jsonl" for name in datasets}
+    except FileNotFoundError:
+        raise UserError(f"no {data_dir}/manifest.json; `medasst convert --out-dir {data_dir}` writes it") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{data_dir}/manifest.json is damaged; convert again") from None
+    for name, path in files.items():
+        if not path.is_file() or path.stat().st_size != datasets[name]["bytes"]:
+            raise UserError(f"{path} isn't what the manifest says (missing or of another size); convert again")
+    return files
+
+
+def is_test(dataset: str) -> bool:
+    """Say whether a dataset is one of the test sets."""
+    return dataset.endswith("_test")
+
+
+def test_questions(files: dict[str, Path]) -> dict[str, Iterator[str]]:
+    """Return {test set: its questions}."""
+    return {name: _questions(path) for name, path in files.items() if is_test(name)}
+
+
+def _questions(path: Path) -> Iterator[str]:
+    with path.open("rb") as lines:
+        yield from (question_of(orjson.loads(line)) for line in lines)
+
+
+def exam_questions(exams_dir: Path | None) -> dict[str, list[str]]:
+    """Return {"cmmlu": stems, "ceval": stems}; nothing without a folder."""
+    if exams_dir is None:
+        return {}
+    from medasst_tools.exam_questions import load_protocol, load_subjects
+
+    stems: dict[str, list[str]] = {}
+    for subject in load_subjects(exams_dir, load_protocol()):
+        stems.setdefault(subject.benchmark, []).extend(question.text for question in subject.questions)
+    return stems
+
+
+def audit_dataset(path: Path, index: QuestionIndex | None, workers: int) -> tuple[dict, dict, list[tuple[int, Match]]]:
+    """Return (findings, unique keys by identity, (line, match) of each training record that is a test question)."""
+    import numpy as np
+
+    keys: dict[str, list] = {identity: [] for identity in IDENTITIES}
+    lengths: dict[str, list] = {part: [] for part in PARTS}
+    matches, records, overlaps, count = Counter(), Counter(), [], 0
+    for result in _chunk_results(path, index, workers):
+        for collected, new in ((keys, result.keys), (lengths, result.lengths)):
+            for name, values in new.items():
+                collected[name].append(np.frombuffer(values, dtype=values.typecode))
+        matches.update(result.personal_matches)
+        records.update(result.personal_records)
+        overlaps += [(count + place + 1, match) for place, found in result.overlaps for match in found]
+        count += len(result.keys["records"])
+    unique = {name: np.unique(np.concatenate(values or [np.empty(0, "Q")])) for name, values in keys.items()}
+    findings = {
+        "n": count,
+        "duplicates": {name: count - len(values) for name, values in unique.items()},
+        "characters": {
+            part: _spread(np.concatenate(values or [np.empty(0, "I")])) for part, values in lengths.items()
+        },
+        "personal_data": {kind: {"records": records[kind], "matches": matches[kind]} for kind in MASKS},
+    }
+    return findings, unique, overlaps
+
+
+def _spread(lengths) -> dict[str, float]:
+    import numpy as np
+
+    if not len(lengths):
+        return {}
+    quantiles = np.quantile(lengths, QUANTILES)
+    named = {f"p{round(100 * share)}": float(value) for share, value in zip(QUANTILES, quantiles, strict=True)}
+    return {"mean": round(float(lengths.mean()), 2)} | named | {"max": int(lengths.max())}
+
+
+def _chunk_results(path: Path, index: QuestionIndex | None, workers: int) -> Iterator[ChunkResult]:
+    """Yield each chunk's result in order."""
+    from tqdm import tqdm
+
+    size = path.stat().st_size
+    chunks = [(path, start, min(start + CHUNK_BYTES, size)) for start in range(0, size, CHUNK_BYTES)]
+    with tqdm(total=size, unit="B", unit_scale=True, desc=path.stem, disable=None) as bar:
+        if workers == 1 or len(chunks) < 2:
+            _set_index(index)
+            results = map(examine_chunk, chunks)
+            yield from _with_progress(results, chunks, bar)
+        else:
+            with ProcessPoolExecutor(workers, initializer=_set_index, initargs=(index,)) as pool:
+                yield from _with_progress(pool.map(examine_chunk, chunks), chunks, bar)
+
+
+def _with_progress(results: Iterator[ChunkResult], chunks: list[tuple], bar) -> Iterator[ChunkResult]:
+    for result, (_, start, end) in zip(results, chunks, strict=True):
+        yield result
+        bar.update(end - start)
+
+
+_INDEX: list[QuestionIndex | None] = [None]  # a worker's own, set once: too large to send with every chunk
+
+
+def _set_index(index: QuestionIndex | None) -> None:
+    _INDEX[0] = index
+
+
+def examine_chunk(chunk: tuple[Path, int, int]) -> ChunkResult:
+    """Examine the lines that begin in [start, end) of a dataset."""
+    index = _INDEX[0]
+    keys = {identity: array("Q") for identity in IDENTITIES}
+    lengths = {part: array("I") for part in PARTS}
+    matches, records, overlaps = Counter(), Counter(), []
+    for place, line in enumerate(_lines(*chunk)):
+        record = orjson.loads(line)
+        question, answer = question_of(record), record["output"]
+        normalised = normalise(question)
+        keys["records"].append(key(question + "\0" + answer))
+        keys["records_normalised"].append(key(normalised + "\0" + normalise(answer)))
+        keys["questions"].append(key(question))
+        keys["questions_normalised"].append(key(normalised))
+        history = sum(len(user) + len(doctor) for user, doctor in record.get("history") or ())
+        for part, length in zip(
+            PARTS, (len(record["instruction"]) + len(record["input"]), len(answer), history), strict=True
+        ):
+            lengths[part].append(length)
+        _, found = mask("\n".join([question, answer, *(doctor for _, doctor in record.get("history") or ())]))
+        matches.update(found)
+        records.update(found.keys())
+        if index and (matched := index.match(question, normalised)):
+            overlaps.append((place, matched))
+    return ChunkResult(keys, lengths, matches, records, overlaps)
+
+
+def _lines(path: Path, start: int, end: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()  # the line that began before, or just the newline
+        while file.tell() < end and (line := file.readline()):
+            yield line
+
+
+def summarise_overlap(sizes: dict[str, int], overlaps: list[tuple[str, int, Match]]) -> dict[str, dict[str, Any]]:
+    """Return, for each test set, how many of its questions training has, by the closest kind, and from how many records."""
+    closest: dict[str, dict[int, int]] = {name: {} for name in sizes}
+    training: dict[str, Counter] = {name: Counter() for name in sizes}
+    for dataset, _, match in overlaps:
+        kind = KINDS.index(match.kind)
+        places = closest[match.test_set]
+        places[match.place] = min(places.get(match.place, kind), kind)
+        training[match.test_set][dataset] += 1
+    return {
+        name: {"n": n}
+        | {kind: sum(found == at for found in closest[name].values()) for at, kind in enumerate(KINDS)}
+        | {"training_records": dict(training[name])}
+        for name, n in sizes.items()
+    }
+
+
+def shared_between(unique: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each two datasets with something in common, how many different records and questions that is."""
+    import numpy as np
+
+    names, shared = list(unique), []
+    for place, a in enumerate(names):
+        for b in names[place + 1 :]:
+            common = {
+                identity: len(np.intersect1d(unique[a][identity], unique[b][identity], assume_unique=True))
+                for identity in IDENTITIES
+            }
+            if any(common.values()):
+                shared.append({"a": a, "b": b} | common)
+    return shared
+
+
+def signature(args: argparse.Namespace) -> str:
+    """Return what it takes to get the same findings again."""
+    from importlib import metadata
+
+    tokens = f"|tokens:{args.tokenizer},{args.config},sample-{args.token_sample}" if args.tokenizer else ""
+    return (
+        f"normalised:nfkc,casefold,letters-and-digits|near:trigrams,jaccard>={NEAR},minhash-{PERMUTATIONS},{BANDS}x{ROWS}"
+        f"|datasketch:{metadata.version('datasketch')}{tokens}|medasst:{__version__}"
+    )
+
+
+def print_findings(findings: dict[str, Any], data_dir: Path) -> None:
+    """Print a line a dataset and a line a test set."""
+    for name, found in findings["datasets"].items():
+        copies, personal = found["duplicates"], sum(kind["records"] for kind in found["personal_data"].values())
+        tokens = f"; cutoff_len cuts {found['tokens']['cut']:.2%}" if "tokens" in found else ""
+        print(
+            f"{name}: {found['n']:,} records, copies: {copies['records']:,} exact, {copies['records_normalised']:,} normalised, "
+            f"questions asked before: {copies['questions_normalised']:,}; personal data in {personal:,}{tokens}"
+        )
+    for name, found in findings["overlap"].items():
+        seen = ", ".join(f"{found[kind]:,} {kind}" for kind in KINDS)
+        print(f"{name}: of {found['n']:,} questions training has {seen}")
+    print(f"{data_dir / 'audit.json'}, overlap.jsonl\n{findings['signature']}")
