@@ -30,6 +30,8 @@ else
   MAX_REJECTS ?= 0.01
 endif
 ARGS ?=
+# a cleaner variant of the data: --drop-overlap --drop-duplicates --mask-personal-data
+DATA_ARGS ?=
 SHOTS ?= 0
 REPORT_LANG ?= en
 PYTHON ?= python3
@@ -62,16 +64,22 @@ constraints: ## pin every package anew into constraints.txt, for all supported P
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade --no-emit-index-url --no-header --no-annotate pyproject.toml --output-file constraints.txt
 
 # ---- data and configs -----------------------------------------------------------------------------------------------
-.PHONY: data configs FORCE
+.PHONY: data audit configs FORCE
 FORCE:
 # FORCE where a step's inputs are named otherwise than when its output was made
-changed = $(if $(filter-out $(1),$(shell cat $(2) 2>/dev/null)),FORCE)
+one_word = x$(subst $(eval) ,_,$(strip $(1)))x
+changed = $(if $(filter-out $(call one_word,$(1)),$(call one_word,$(shell cat $(2) 2>/dev/null))),FORCE)
 
 data: $(DATA)/manifest.json ## convert RAW into a LLaMA-Factory dataset_dir
 
-$(DATA)/manifest.json: $(wildcard $(RAW)/*/*) $(wildcard dataset_info/corpora.yaml) $(call changed,$(RAW),$(DATA)/.raw) | $(INSTALLED)
-	$(MEDASST) convert --raw-dir $(RAW) --out-dir $(DATA) --max-rejects $(MAX_REJECTS)
-	echo '$(RAW)' > $(DATA)/.raw
+$(DATA)/manifest.json: $(wildcard $(RAW)/*/*) $(wildcard dataset_info/corpora.yaml) $(call changed,$(RAW) $(DATA_ARGS),$(DATA)/.raw) | $(INSTALLED)
+	$(MEDASST) convert --raw-dir $(RAW) --out-dir $(DATA) --max-rejects $(MAX_REJECTS) $(DATA_ARGS)
+	echo '$(RAW) $(DATA_ARGS)' > $(DATA)/.raw
+
+audit: $(DATA)/audit.json ## duplicates, test questions in training, lengths, personal data (AUDIT_ARGS="--tokenizer DIR")
+
+$(DATA)/audit.json: $(DATA)/manifest.json $(wildcard $(EXAMS)/* $(EXAMS)/*/*/*) | $(INSTALLED)
+	$(MEDASST) audit --data-dir $(DATA) --exams-dir $(EXAMS) $(AUDIT_ARGS)
 
 configs: $(RENDERED) ## render factory_configs/ from experiments.yaml and templates/
 

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import orjson
 
 from medasst_tools import __version__
+from medasst_tools.corpora import is_test
 from medasst_tools.errors import UserError
 from medasst_tools.files import atomic_writer, write_json
 from medasst_tools.personal_data import MASKS, mask
-from medasst_tools.question_overlap import BANDS, KINDS, NEAR, PERMUTATIONS, ROWS, Match, QuestionIndex
+from medasst_tools.question_overlap import BANDS, KINDS, NEAR, PERMUTATIONS, ROWS, Match, QuestionIndex, read_questions
 from medasst_tools.text_identity import key, normalise, question_of
 
 CHUNK_BYTES = 1 << 23
@@ -66,7 +67,9 @@ def run(args: argparse.Namespace) -> None:
     if args.workers < 1 or args.token_sample < 0:
         raise UserError(f"--workers is {args.workers} and --token-sample {args.token_sample}; at least 1 and 0")
     files = read_manifest(args.data_dir)
-    index = QuestionIndex(test_questions(files) | exam_questions(args.exams_dir))
+    index = QuestionIndex(
+        {name: read_questions(path) for name, path in files.items() if is_test(name)} | exam_questions(args.exams_dir)
+    )
     datasets, unique, overlaps = {}, {}, []
     for name, path in files.items():
         datasets[name], unique[name], found = audit_dataset(path, None if is_test(name) else index, args.workers)
@@ -104,21 +107,6 @@ def read_manifest(data_dir: Path) -> dict[str, Path]:
         if not path.is_file() or path.stat().st_size != datasets[name]["bytes"]:
             raise UserError(f"{path} isn't what the manifest says (missing or of another size); convert again")
     return files
-
-
-def is_test(dataset: str) -> bool:
-    """Say whether a dataset is one of the test sets."""
-    return dataset.endswith("_test")
-
-
-def test_questions(files: dict[str, Path]) -> dict[str, Iterator[str]]:
-    """Return {test set: its questions}."""
-    return {name: _questions(path) for name, path in files.items() if is_test(name)}
-
-
-def _questions(path: Path) -> Iterator[str]:
-    with path.open("rb") as lines:
-        yield from (question_of(orjson.loads(line)) for line in lines)
 
 
 def exam_questions(exams_dir: Path | None) -> dict[str, list[str]]:

@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from medasst_tools.corpora import RULES, Dataset, load_datasets
+from medasst_tools.cleaner_variants import DUPLICATE, Cleaning, Dropper, prepare
+from medasst_tools.corpora import RULES, Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import sha256_of, write_json
+from medasst_tools.question_overlap import QuestionIndex, read_questions
 from medasst_tools.raw_files import MAX_RECORD_BYTES, Block, open_raw, read_blocks
 from medasst_tools.raw_records import LAYOUTS, Skipped, Trimmed
 
@@ -32,11 +34,15 @@ OVERLONG_KEPT_BYTES = 4096  # of a record over MAX_RECORD_BYTES, for rejected/
 # LLaMA-Factory's loader takes a column's type from the first 10 MiB: a dataset whose histories are all empty there fails
 # to load when a later one isn't.
 TYPED_BYTES = 8 << 20
+NO_CLEANING = Cleaning()
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 
 
 class BlockResult(NamedTuple):
-    """What a block of raw records gave; first_history is the place of the first record with history in `output`."""
+    """What a block of raw records gave; first_history is the place of the first record with history in `output`.
+
+    keys: with --drop-duplicates of each kept record, else empty. masked: pieces of personal data by kind.
+    """
 
     output: bytes
     read: int
@@ -45,6 +51,8 @@ class BlockResult(NamedTuple):
     skipped: Counter
     rejected: list[tuple[int, str, bytes]]
     first_history: slice | None
+    keys: list[int]
+    masked: Counter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exit 1 if more of a dataset was rejected (0.01)",
     )
     parser.add_argument("--workers", type=int, default=1, help="processes; the output is the same with any number (1)")
+    parser.add_argument(
+        "--drop-overlap",
+        action="store_true",
+        help="leave out training records whose question a test set has, or nearly",
+    )
+    parser.add_argument(
+        "--drop-duplicates", action="store_true", help="leave out training records that an earlier one says already"
+    )
+    parser.add_argument(
+        "--mask-personal-data",
+        action="store_true",
+        help="mask phone and ID numbers, e-mail, WeChat, QQ, web addresses",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -78,16 +99,35 @@ def run(args: argparse.Namespace) -> None:
         with open_raw(path):
             pass  # an unusable file is named before any work is done
     with _locked(args.out_dir) as staging:
-        entries = {}
-        for dataset, path in sources.items():
-            entries[dataset.name] = convert_dataset(dataset, path, staging, args.workers)
-            print(summary(dataset.name, entries[dataset.name]), flush=True)
+        entries = convert_all(sources, staging, args)
         publish(staging, args.out_dir, entries, keep_others=bool(args.datasets))
     if failed := [name for name, entry in entries.items() if _rejected_share(entry) > args.max_rejects]:
         shares = ", ".join(f"{name} {_rejected_share(entries[name]):.2%}" for name in failed)
         raise CheckFailed(
             f"more than {args.max_rejects:.2%} rejected: {shares}; see {args.out_dir}/rejected/, or allow it with --max-rejects"
         )
+
+
+def convert_all(sources: dict[Dataset, Path], staging: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Convert every source into the staging folder; test sets first, because --drop-overlap needs them."""
+    cleaning = Cleaning(args.drop_duplicates, args.mask_personal_data)
+    dropper, entries = Dropper(), {}
+    for dataset in sorted(sources, key=lambda dataset: not is_test(dataset.name)):  # stable: else the registry's order
+        if args.drop_overlap and not is_test(dataset.name) and cleaning.index is None:
+            cleaning = cleaning._replace(index=test_index(staging, args.out_dir))
+        # a test set stays as it was published, but for masks
+        asked = cleaning if not is_test(dataset.name) else Cleaning(mask_personal_data=args.mask_personal_data)
+        entries[dataset.name] = convert_dataset(dataset, sources[dataset], staging, args.workers, asked, dropper)
+        print(summary(dataset.name, entries[dataset.name]), flush=True)
+    return entries
+
+
+def test_index(*folders: Path) -> QuestionIndex:
+    """Return the index of the test sets in these folders, the first that has one counts; UserError if none has any."""
+    files = {path.stem: path for folder in reversed(folders) for path in folder.glob("*_test.jsonl")}
+    if not files:
+        raise UserError(f"--drop-overlap needs test sets, and none is among the raw files or in {folders[-1]}")
+    return QuestionIndex({name: read_questions(path) for name, path in files.items()})
 
 
 def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
@@ -137,18 +177,27 @@ def _locked(out_dir: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def convert_dataset(dataset: Dataset, path: Path, folder: Path, workers: int) -> dict[str, Any]:
+def convert_dataset(
+    dataset: Dataset,
+    path: Path,
+    folder: Path,
+    workers: int,
+    cleaning: Cleaning = NO_CLEANING,
+    dropper: Dropper | None = None,
+) -> dict[str, Any]:
     """Convert one raw file to `folder/<name>.jsonl` and `folder/rejected/<name>.jsonl`; return its manifest entry."""
     output, layout = folder / f"{dataset.name}.jsonl", dataset.corpus.layout
     read = kept = trimmed = 0
-    skipped, rejected = Counter(), Counter()
+    skipped, rejected, masked = Counter(), Counter(), Counter()
     first_history = None
     with (
         _sha256_alongside(path) as source_sha256,
         output.open("wb") as out,
         (folder / "rejected" / output.name).open("wb") as bad,
     ):
-        for result in _results(path, layout, workers, dataset.name):
+        for result in _results(path, layout, workers, dataset.name, cleaning):
+            if result.keys:
+                result = without_copies(result, dropper)
             if result.first_history and first_history is None:
                 place = out.tell()
                 first_history = slice(place + result.first_history.start, place + result.first_history.stop)
@@ -157,6 +206,7 @@ def convert_dataset(dataset: Dataset, path: Path, folder: Path, workers: int) ->
                 bad.write(_rejected_line(line, reason, raw))
             read, kept, trimmed = read + result.read, kept + result.kept, trimmed + result.trimmed
             skipped.update(result.skipped)
+            masked.update(result.masked)
             rejected.update(reason for _, reason, _ in result.rejected)
     moved = first_history is not None and first_history.start > TYPED_BYTES
     if moved:
@@ -170,11 +220,29 @@ def convert_dataset(dataset: Dataset, path: Path, folder: Path, workers: int) ->
         "odd_tails": trimmed,
         "first_history_moved_to_top": moved,
     }
+    entry["variant"] = cleaning.names()
+    if cleaning.mask_personal_data:
+        entry["masked"] = dict(masked)
     entry["source"] = {"file": f"{dataset.corpus.name}/{path.name}", "sha256": source_sha256()}
     return entry
 
 
-def _results(path: Path, layout: str, workers: int, name: str) -> Iterator[BlockResult]:
+def without_copies(result: BlockResult, dropper: Dropper) -> BlockResult:
+    """Return the block without the records that were kept before, which are skipped."""
+    output, first_history, copies = [], None, 0
+    for line, record_key in zip(result.output.splitlines(keepends=True), result.keys, strict=True):
+        if dropper.is_copy(record_key):
+            copies += 1
+            continue
+        if first_history is None and result.first_history and orjson.loads(line)["history"]:
+            start = sum(map(len, output))
+            first_history = slice(start, start + len(line))
+        output.append(line)
+    skipped = result.skipped + Counter({DUPLICATE: copies})
+    return result._replace(output=b"".join(output), kept=len(output), skipped=skipped, first_history=first_history)
+
+
+def _results(path: Path, layout: str, workers: int, name: str, cleaning: Cleaning) -> Iterator[BlockResult]:
     """Yield each block's result in order, with a progress bar in bytes of the raw file."""
     from tqdm import tqdm
 
@@ -183,17 +251,18 @@ def _results(path: Path, layout: str, workers: int, name: str) -> Iterator[Block
         open_raw(path, tell) as stream,
         tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=name, disable=None) as bar,
     ):
-        for result in _convert_blocks(read_blocks(stream, layout), layout, workers):
+        for result in _convert_blocks(read_blocks(stream, layout), layout, workers, cleaning):
             yield result
             bar.update(tell[0].tell() - bar.n)
 
 
-def _convert_blocks(blocks: Iterable[Block], layout: str, workers: int) -> Iterator[BlockResult]:
+def _convert_blocks(blocks: Iterable[Block], layout: str, workers: int, cleaning: Cleaning) -> Iterator[BlockResult]:
     if workers == 1:
+        _set_cleaning(cleaning)
         for block in blocks:
             yield convert_block(block, layout)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=_set_cleaning, initargs=(cleaning,)) as pool:
         waiting: deque = deque()
         for block in blocks:
             waiting.append(pool.submit(convert_block, block, layout))
@@ -203,11 +272,19 @@ def _convert_blocks(blocks: Iterable[Block], layout: str, workers: int) -> Itera
             yield waiting.popleft().result()
 
 
+_CLEANING = [NO_CLEANING]  # a worker's own, set once: an index of test questions is too large to send with every block
+
+
+def _set_cleaning(cleaning: Cleaning) -> None:
+    _CLEANING[0] = cleaning
+
+
 def convert_block(block: Block, layout: str) -> BlockResult:
     """Convert a block of raw records; a pure function, so that any number of processes gives the same bytes."""
-    read, dumps = LAYOUTS[layout], orjson.dumps
-    output, skipped, rejected = [], Counter(), []
+    read, dumps, cleaning = LAYOUTS[layout], orjson.dumps, _CLEANING[0]
+    output, skipped, rejected, keys, masked = [], Counter(), [], [], Counter()
     trimmed, first_history = 0, None
+    cleans = bool(cleaning)
     for line, raw in zip(block.lines, block.records, strict=True):
         if len(raw) > MAX_RECORD_BYTES:
             reason = f"longer than {MAX_RECORD_BYTES} bytes, its first {OVERLONG_KEPT_BYTES} are kept here"
@@ -218,16 +295,27 @@ def convert_block(block: Block, layout: str) -> BlockResult:
             continue
         record = read(raw)
         if isinstance(record, dict):
+            trimmed += isinstance(record, Trimmed)
+            if cleans:
+                prepared = prepare(record, cleaning)
+                masked.update(prepared.masked)
+                if prepared.reason:
+                    skipped[prepared.reason] += 1
+                    continue
+                record = prepared.record
+                if cleaning.drop_duplicates:
+                    keys.append(prepared.key)
             if first_history is None and record.get("history"):
                 start = sum(map(len, output))
                 first_history = slice(start, start + len(dumps(record)) + 1)
-            trimmed += isinstance(record, Trimmed)
             output.append(dumps(record, option=orjson.OPT_APPEND_NEWLINE))
         elif isinstance(record, Skipped):
             skipped[str(record)] += 1
         else:
             rejected.append((line, str(record), raw))
-    return BlockResult(b"".join(output), len(block.records), len(output), trimmed, skipped, rejected, first_history)
+    return BlockResult(
+        b"".join(output), len(block.records), len(output), trimmed, skipped, rejected, first_history, keys, masked
+    )
 
 
 def _rejected_line(line: int, reason: str, raw: bytes) -> bytes:

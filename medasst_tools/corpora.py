@@ -62,3 +62,8 @@ def load_datasets(path: Path = REGISTRY) -> dict[str, Dataset]:
         known = ", ".join(field.name for field in fields(Corpus)[1:])
         raise UserError(f"{path}: {' '.join(str(error).split())}; a corpus has {known} and datasets") from None
     return datasets
+
+
+def is_test(dataset: str) -> bool:
+    """Say whether a dataset is one of the test sets."""
+    return dataset.endswith("_test")

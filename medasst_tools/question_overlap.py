@@ -6,10 +6,13 @@ which loses nothing.
 """
 
 from binascii import crc32
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from medasst_tools.text_identity import jaccard, normalise, shingles
+import orjson
+
+from medasst_tools.text_identity import jaccard, normalise, question_of, shingles
 
 NEAR = 0.8
 PERMUTATIONS = 128
@@ -71,6 +74,12 @@ class QuestionIndex:
             return Match(name, place, "normalised", 1.0)
         similarity = jaccard(trigrams, test_trigrams)
         return Match(name, place, "near", round(similarity, 4)) if similarity >= NEAR else None
+
+
+def read_questions(path: Path) -> Iterator[str]:
+    """Yield the question of each record of a converted dataset."""
+    with path.open("rb") as lines:
+        yield from (question_of(orjson.loads(line)) for line in lines)
 
 
 def _minhash(trigrams: set[str]):

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sysconfig
 
 import pytest
 import yaml
@@ -93,7 +94,8 @@ def test_every_dependency_is_pinned_and_every_pin_is_installed():
         if r.marker is None or r.marker.evaluate()
     }
     installed = {
-        d.metadata["Name"].lower().replace("_", "-").replace(".", "-"): d.version for d in metadata.distributions()
+        d.metadata["Name"].lower().replace("_", "-").replace(".", "-"): d.version
+        for d in metadata.distributions(path=[sysconfig.get_path("purelib")])
     }
     ours = {"medasst-tools", "pip", "setuptools", "wheel"}
     assert {name for name in installed if name not in pins} <= ours

@@ -53,6 +53,21 @@ def page(tmp_path, monkeypatch):
         write(tmp_path / f"factory_configs/{name}/predict.yaml", f"dataset_dir: {data}\n")
     entry = {"read": 900, "kept": 890, "skipped": {}, "rejected": {"not JSON": 10}}
     write(tmp_path / "data/full/manifest.json", {"datasets": {"medchatzh_train": entry, "webmedqa_test": entry}})
+    spread = {"mean": 9.0, "p50": 8.0, "p90": 20.0, "p99": 30.0, "max": 40}
+    audited = {
+        "n": 890, "duplicates": {"records": 11, "records_normalised": 12, "questions": 13, "questions_normalised": 14},
+        "characters": {"question": spread, "answer": spread, "history": {}},
+        "personal_data": {"phone": {"records": 2, "matches": 3}, "url": {"records": 4, "matches": 5}},
+        "tokens": {"cut": 0.0456},
+    }  # fmt: skip
+    overlap = {"n": 100, "exact": 1, "normalised": 2, "near": 3, "training_records": {"medchatzh_train": 9}}
+    audit = {
+        "datasets": {"medchatzh_train": audited},
+        "between": [],
+        "overlap": {"cmmlu": overlap},
+        "signature": "audit-sig",
+    }
+    write(tmp_path / "data/full/audit.json", audit)
     write(tmp_path / "results/medasst/scores.json", scores(6.5))
     write(tmp_path / "results/medasst/exam.json", exam(80.25))
     write(tmp_path / "results/demo/scores.json", scores(3.25))
@@ -93,6 +108,12 @@ def test_table_3(page):
     assert row_of(page, "`demo`", 1)[:3] == ["1,444", "3.25 [2.25, 4.25]", "21.23 [20.23, 22.23]"]
     assert "3 empty predictions, 2 references cut by cutoff_len; `sig-3.25`" in page
     assert row_of(page, "webmedqa_test") == ["1,444", "3.25", "21.23", "5.50", "17.00"]
+
+
+def test_audit(page):
+    assert row_of(page, "medchatzh_train") == ["890", "11", "12", "14", "8", "8", "4.56 %"]
+    assert row_of(page, "cmmlu") == ["100", "1", "2", "3"]
+    assert "`audit-sig`" in page
 
 
 @pytest.mark.parametrize("name", PAPER["models"])
