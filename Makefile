@@ -148,7 +148,7 @@ export: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## merge the adapter in
 	llamafactory-cli export factory_configs/$(EXPERIMENT)/export.yaml $(ARGS)
 
 # ---- the project itself ---------------------------------------------------------------------------------------------
-.PHONY: test lint format bench bench-score clean
+.PHONY: test lint format bench bench-score bench-data clean
 test: $(INSTALLED) ## every test
 	$(BIN)/pytest $(ARGS)
 
@@ -166,6 +166,9 @@ bench: $(INSTALLED) ## time and memory of each step of `make eval` (ARGS="--with
 
 bench-score: $(INSTALLED) ## scores and exams against LLaMA-Factory's own way (ARGS="--exams-dir data/exams")
 	$(BIN)/python benchmarks/bench_score.py $(ARGS)
+
+bench-data: $(INSTALLED) ## convert and audit at full size, against a floor and the usual ways (ARGS="--scale 0.1")
+	$(BIN)/python benchmarks/bench_data.py $(ARGS)
 
 clean: ## remove what runs made: data/demo, saves/, results/ (not data/raw, data/exams, data/full, .venv)
 	rm -rf data/demo saves results

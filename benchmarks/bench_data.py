@@ -1,0 +1,251 @@
+"""Convert and audit at the paper's full size, against a floor and against what people use instead, as Markdown tables.
+
+Run: `make bench-data`, or `python benchmarks/bench_data.py --scale 0.1 --folder /some/disk` for a tenth on another disk.
+
+The corpora are made here, the same every time: as many records as the real ones have, as long on average, in the five raw
+layouts, of slices of the bundled samples' sentences. The floor is a loop that reads each line, parses it with orjson and
+writes it with orjson: less than that no conversion of JSON lines can do in Python. Memory is that of all processes
+together, pages that they share counted for each.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = ROOT / "dataset_info" / "samples" / "raw"
+# records, mean characters of a question and of an answer: the real files' sizes in bytes are about three times the sum
+SIZES = {
+    "medchatzh/MedChatZH_train.json": (763_629, 60, 290),
+    "huatuo_encyclopedia_qa/train_datasets.jsonl": (362_420, 50, 480),
+    "huatuogpt_sft/HuatuoGPT_sft_data_v1.jsonl": (226_042, 60, 190),  # twice: two turns
+    "cmtmedqa/CMtMedQA.json": (68_023, 45, 110),  # four times: four turns
+    "webmedqa/medQA.train.txt": (50_570, 60, 110),  # five lines a question
+    "medchatzh/MedChatZH_valid.json": (494, 60, 290),
+    "huatuo_encyclopedia_qa/test_datasets.jsonl": (1_000, 50, 480),
+    "cmtmedqa/CMtMedQA_test.json": (1_144, 45, 110),
+    "webmedqa/medQA.test.txt": (6_337, 60, 110),
+}
+JSON_LINES = [name for name in SIZES if name.endswith(("MedChatZH_train.json", "train_datasets.jsonl", "v1.jsonl"))]
+COPY_EVERY, LEAK_EVERY = 200, 2_000  # so that the audit has something to find
+
+
+def source_text() -> str:
+    """Return a few MB of the samples' sentences, shuffled."""
+    lines = (SAMPLES / "medchatzh/MedChatZH_train.json").read_text(encoding="utf-8").splitlines()
+    lines += (SAMPLES / "huatuo_encyclopedia_qa/train_datasets.jsonl").read_text(encoding="utf-8").splitlines()
+    sentences = sorted(
+        {part + "。" for line in lines for part in line.split("。") if part.isprintable() and '"' not in part}
+    )
+    generator, text = random.Random(1), []
+    for _ in range(400):
+        generator.shuffle(sentences)
+        text += sentences
+    return "".join(text)
+
+
+def make_corpora(folder: Path, scale: float) -> None:
+    """Write every raw file."""
+    text, generator = source_text(), random.Random(42)
+
+    def take(mean: int) -> str:
+        length = int(generator.expovariate(1 / (mean * 0.75)) + mean * 0.25) + 1
+        start = generator.randrange(len(text) - length)
+        return text[start : start + length]
+
+    asked: list[str] = []
+    for name in sorted(SIZES, key=lambda name: "test" not in name and "valid" not in name):  # tests first: they leak
+        count, question_length, answer_length = SIZES[name]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        is_test = "test" in name or "valid" in name
+
+        def pair(number: int, question_length=question_length, answer_length=answer_length, is_test=is_test):
+            question, answer = take(question_length), take(answer_length)
+            if is_test:
+                asked.append(question)
+            elif number % LEAK_EVERY == 0:
+                question = generator.choice(asked)
+            return question, answer
+
+        with (folder / name).open("wb") as file:
+            file.writelines(raw_lines(name.split("/")[0], max(1, int(count * scale)), pair))
+
+
+def raw_lines(corpus: str, count: int, pair) -> Iterator[bytes]:
+    """Yield the bytes of one raw file in its corpus's layout; every COPY_EVERY-th record is the one before."""
+    before = b""
+    for number in range(count):
+        if number % COPY_EVERY == COPY_EVERY - 1 and corpus != "cmtmedqa":
+            yield before
+            continue
+        question, answer = pair(number)
+        if corpus == "medchatzh":
+            before = _line({"instruction": question, "input": "", "output": answer})
+        elif corpus == "huatuo_encyclopedia_qa":
+            before = _line({"questions": [[question, question]], "answers": [answer]})
+        elif corpus == "huatuogpt_sft":
+            turns = [question, answer, *pair(number + 1)]
+            before = _line({"data": [f"{'问答'[at % 2]}：{turn}" for at, turn in enumerate(turns)]})
+        elif corpus == "cmtmedqa":
+            history = [list(pair(number + 1)) for _ in range(3)]
+            record = {
+                "id": str(number),
+                "cate1": "内科",
+                "cate2": "内科",
+                "instruction": question,
+                "output": answer,
+                "history": history,
+            }
+            indented = json.dumps(record, ensure_ascii=False, indent=4).replace("\n", "\n    ")
+            before = f"{',' if number else '['}\n    {indented}{'' if number < count - 1 else chr(10) + ']'}".encode()
+        else:
+            rows = [
+                f"内科\t{int(at == number % 5)}\t{number}\t{question}\t{pair(1)[1] if at else answer}\n"
+                for at in range(5)
+            ]
+            before = "".join(rows).encode()
+        yield before
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+
+
+FLOOR = """
+import sys, orjson
+for name in sys.argv[2:]:
+    with open(name, "rb") as source, open(sys.argv[1], "wb") as target:
+        for line in source:
+            target.write(orjson.dumps(orjson.loads(line), option=orjson.OPT_APPEND_NEWLINE))
+"""
+DATASETS = """
+import sys, datasets
+datasets.disable_progress_bars()
+def convert(record):
+    return {"instruction": record["instruction"].strip(), "input": record["input"].strip(), "output": record["output"].strip()}
+data = datasets.load_dataset("json", data_files=sys.argv[2], split="train", cache_dir=sys.argv[3])
+data.map(convert).to_json(sys.argv[1], force_ascii=False)
+"""
+JSON = """
+import sys, json
+with open(sys.argv[2], encoding="utf-8") as source:
+    records = json.load(source)
+kept = [{"instruction": r["instruction"].strip(), "input": "", "output": r["output"].strip(), "history": r["history"]} for r in records]
+with open(sys.argv[1], "w", encoding="utf-8") as target:
+    json.dump(kept, target, ensure_ascii=False)
+"""
+
+
+def measure(words: list[Any]) -> tuple[float, float]:
+    """Run a command; (seconds, peak MB of it and its children together). Its failure ends the benchmark."""
+    began, peak, ended = time.perf_counter(), [0.0], threading.Event()
+    process = subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            try:
+                root = psutil.Process(process.pid)
+                family = [root, *root.children(recursive=True)]
+                peak[0] = max(peak[0], sum(member.memory_info().rss for member in family) / 2**20)
+            except psutil.Error:
+                continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output, _ = process.communicate()
+    seconds = time.perf_counter() - began
+    ended.set()
+    watcher.join()
+    if process.returncode:
+        sys.exit(f"{' '.join(map(str, words[:4]))} ended with {process.returncode}:\n{output[-3000:]}")
+    return seconds, peak[0]
+
+
+def compare(raw: Path, out: Path) -> None:
+    """Measure floor, convert, the alternatives and audit, and print the tables."""
+    medasst = [sys.executable, "-m", "medasst_tools.cli"]
+    convert = [*medasst, "convert", "--raw-dir", raw, "--out-dir", out / "data"]
+    size = {name: (raw / name).stat().st_size / 1e6 for name in SIZES}
+    lines_size = sum(size[name] for name in JSON_LINES)
+
+    def row(name: str, megabytes: float, outcome: tuple[float, float], against: float, unit: str) -> float:
+        seconds, memory = outcome
+        ratio = against / seconds if unit == "x" else megabytes / seconds / against
+        print(f"| {name} | {seconds:.1f} | {megabytes / seconds:.0f} | {memory:.0f} | {ratio:.2f}{unit} |", flush=True)
+        return seconds
+
+    print(
+        "| all corpora, JSON lines for the floor | seconds | raw MB a second | memory, MB | of the floor |\n|---|---:|---:|---:|---:|"
+    )
+    floor = measure([sys.executable, "-c", FLOOR, out / "floor.jsonl", *(raw / name for name in JSON_LINES)])
+    speed = lines_size / floor[0]
+    row("floor: read, orjson, write", lines_size, floor, speed, "")
+    for workers in (1, 2):
+        names = ["medchatzh_train", "huatuo_encyclopedia_train", "huatuogpt_sft_train"]
+        outcome = measure([*convert, *names, "--workers", workers])
+        row(
+            f"medasst convert, the same corpora, {workers} worker{'s' * (workers > 1)}", lines_size, outcome, speed, ""
+        )
+    for workers in (1, 2):
+        outcome = measure([*convert, "--workers", workers])
+        row(
+            f"medasst convert, all corpora, {workers} worker{'s' * (workers > 1)}",
+            sum(size.values()),
+            outcome,
+            speed,
+            "",
+        )
+
+    for corpus, dataset, name, code in (
+        ("medchatzh/MedChatZH_train.json", "medchatzh_train", "datasets: load_dataset, map, to_json", DATASETS),
+        ("cmtmedqa/CMtMedQA.json", "cmtmedqa_train", "json.load, json.dump", JSON),
+    ):
+        print(
+            f"\n| {dataset}, {size[corpus]:.0f} MB | seconds | raw MB a second | memory, MB | faster |\n|---|---:|---:|---:|---:|"
+        )
+        theirs = measure([sys.executable, "-c", code, out / "theirs.json", raw / corpus, out / "cache"])
+        row(name, size[corpus], theirs, theirs[0], "x")
+        row("medasst convert, 1 worker", size[corpus], measure([*convert, dataset]), theirs[0], "x")
+
+    subprocess.run([*convert, "--workers", "2"], check=True, capture_output=True)
+    print("\n| medasst audit, all corpora | seconds | memory, MB |\n|---|---:|---:|")
+    for workers in (1, 2):
+        seconds, memory = measure([*medasst, "audit", "--data-dir", out / "data", "--workers", workers])
+        print(f"| {workers} worker{'s' * (workers > 1)} | {seconds:.0f} | {memory:.0f} |", flush=True)
+
+
+def main() -> None:
+    """Make the corpora in a temporary folder and measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the paper's records (1.0)")
+    parser.add_argument("--folder", type=Path, help="where to make them: 2.2 GB, and about as much for each output")
+    args = parser.parse_args()
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("orjson", "datasets", "datasketch"))
+    print(
+        f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {versions}, scale {args.scale}\n"
+    )
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        raw, out = Path(folder) / "raw", Path(folder) / "out"
+        out.mkdir()
+        make_corpora(raw, args.scale)
+        compare(raw, out)
+
+
+if __name__ == "__main__":
+    main()
