@@ -88,10 +88,24 @@ $(RENDERED): factory_configs/experiments.yaml $(wildcard templates/*.yaml.j2) | 
 	touch $@
 
 # render leaves an unchanged file alone, so only what a change reaches is stale
-$(foreach kind,train predict chat export,factory_configs/%/$(kind).yaml): | $(RENDERED) ;
+$(foreach kind,tokenize train predict chat export,factory_configs/%/$(kind).yaml): | $(RENDERED) ;
 
 # ---- training -------------------------------------------------------------------------------------------------------
-.PHONY: train
+.PHONY: tokenize train
+# where an experiment's training set is tokenised before the training; empty for most
+TOKENS := $(shell sed -n 's/^tokenized_path: \([^ ]*\).*/\1/p' factory_configs/$(EXPERIMENT)/tokenize.yaml 2>/dev/null)
+
+tokenize: $(if $(TOKENS),$(TOKENS)/made_of.json) ## make EXPERIMENT's tokens once, for a training on many GPUs
+	@$(if $(TOKENS),:,echo "make: $(EXPERIMENT) tokenises as it trains; its entry has no tokenize_once" >&2; exit 2)
+
+ifneq ($(TOKENS),)
+$(TOKENS)/made_of.json: factory_configs/$(EXPERIMENT)/tokenize.yaml $(DATA)/manifest.json | $(INSTALLED)
+	$(MEDASST) tokenize $< $(ARGS)
+	[ ! -e $@ ] || touch $@
+
+saves/$(EXPERIMENT)/run.json: $(TOKENS)/made_of.json
+endif
+
 train: saves/$(EXPERIMENT)/run.json ## train EXPERIMENT through llamafactory-cli; a killed run goes on
 
 saves/tiny_qwen2/config.json: $(DATA)/manifest.json | $(INSTALLED)

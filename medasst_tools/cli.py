@@ -21,6 +21,7 @@ VERBS = {
         "medasst_tools.tiny_model",
         "a tiny random Qwen2 with its own tokenizer, for the demo and the tests",
     ),
+    "tokenize": ("medasst_tools.tokenize_once", "a training set's tokens, made once for the runs on many GPUs"),
     "train": ("medasst_tools.train", "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished"),
     "score": ("medasst_tools.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
     "exam": ("medasst_tools.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),

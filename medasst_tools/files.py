@@ -58,11 +58,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_sha256(folder: Path) -> str | None:
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json")
+MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "*.safetensors")
+
+
+def model_sha256(folder: Path, patterns: tuple[str, ...] = MODEL_FILES) -> str | None:
     """Return one sha256 over a model's or adapter's config, tokenizer and weights; None if it is no folder (a hub id)."""
     if not folder.is_dir():
         return None
-    patterns = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "*.safetensors")
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     lines = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()

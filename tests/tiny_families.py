@@ -114,7 +114,7 @@ def mistral_tokenizer(texts: list[str]):
 CHATML = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 FAMILIES = {
     "qwen2": Family(
-        "medasst", "Qwen2Config", qwen2_tokenizer, CHATML, "<|im_end|>\n", {"<|im_end|>", "<|im_start|>"}
+        "medasst", "Qwen2Config", qwen2_tokenizer, CHATML, "<|im_end|>\n", {"<|im_end|>"}
     ),
     "qwen3": Family(
         "medasst_qwen3_8b",
@@ -122,7 +122,7 @@ FAMILIES = {
         qwen3_tokenizer,
         CHATML + "<think>\n\n</think>\n\n",
         "<|im_end|>\n",
-        {"<|im_end|>", "<|im_start|>"},
+        {"<|im_end|>"},
     ),
     "llama": Family(
         "llama3_8b",
@@ -139,7 +139,7 @@ FAMILIES = {
         gemma_tokenizer,
         "<bos><start_of_turn>user\n{system}\n\n{user}<end_of_turn>\n<start_of_turn>model\n",
         "<end_of_turn>\n",
-        {"<end_of_turn>", "<start_of_turn>"},
+        {"<end_of_turn>"},
     ),
     "mistral": Family(
         "mistral_7b", "MistralConfig", mistral_tokenizer, "<s> [INST] {system}\n\n{user}[/INST]", "</s>", {"</s>"}
