@@ -18,7 +18,7 @@ from medasst_tools.exam_questions import LETTERS, load_protocol, load_subjects
 
 ANSWER = "B，多休息。"
 QUESTIONS = [f"第{number}个问题：头痛怎么办？" for number in range(40)]
-SYSTEM = yaml.safe_load((ROOT / "factory_configs/experiments.yaml").read_text(encoding="utf-8"))["system_prompt"]
+SYSTEM = yaml.safe_load((ROOT / "factory_configs/medasst/chat.yaml").read_text(encoding="utf-8"))["default_system"]
 # what a tiny model on a CPU can't have as the experiment has it; everything else is the rendered config's
 TINY = {"preprocessing_num_workers": 1}
 TINY_TRAIN = TINY | {

@@ -223,6 +223,6 @@ def test_the_folders_name_depends_on_what_the_tokens_depend_on():
     path = lambda name: render.tokenized_path(render.resolve(source, name))  # noqa: E731
     assert path("medasst_ddp") == path("medasst_zero3") == path("medasst_fsdp")  # one folder serves them all
     assert len({path(name) for name in ("medasst_ddp", "llama3_8b", "gemma_7b", "medasst_fast")}) == 4
-    before = path("medasst_ddp")
-    source["system_prompt"] = "另一句"
-    assert path("medasst_ddp") != before
+    changed = render.resolve(source, "medasst_ddp")
+    changed["dialogue"]["default_system"] = ["另一句", "why"]
+    assert render.tokenized_path(changed) != path("medasst_ddp")
