@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import multiprocessing
+import os
 import random
 import re
 import shutil
@@ -34,6 +35,7 @@ def medasst_in_process(words: list[str], log: Path) -> None:
         return 0
 
     train.launch_training = launch_training
+    os.environ["OMP_NUM_THREADS"] = "1"  # read at the first parallel region; a very small model is faster so
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         status = cli.main(words)
     sys.exit(status)
@@ -60,6 +62,7 @@ def config_path(tmp_path_factory):
         "model_name_or_path": str(folder / "base"), "dataset_dir": str(data), "output_dir": str(folder / "saves/run"),
         "dataset": "cmtmedqa_train,webmedqa_train", "cutoff_len": 64, "lora_dropout": 0.1, "per_device_train_batch_size": 2,
         "max_steps": 90, "save_steps": 3, "logging_steps": 3, "save_total_limit": 2, "warmup_steps": 2, "plot_loss": False,
+        "preprocessing_num_workers": None,
     }  # fmt: skip
     path = folder / "train.yaml"
     path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
@@ -137,8 +140,8 @@ def test_the_results_of_a_killed_run_cover_the_whole_run(killed_run):
     assert killed["run.json"]["seconds"] > ours["train_runtime"] > 0
     losses = [read_losses(killed_run[run] / "trainer_log.jsonl") for run in ("whole", "killed")]
     assert [step for step, _ in losses[0]] == list(range(3, 91, 3))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    rows = checkpoints.read_log(killed_run["killed"])
+    assert dict(losses[0]) == pytest.approx(dict(losses[1]), rel=1e-6)
+    rows = [row for row in checkpoints.read_log(killed_run["killed"]) if "loss" in row]
     assert len(rows) == len({row["current_steps"] for row in rows})
 
 
