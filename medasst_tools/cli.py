@@ -22,6 +22,10 @@ VERBS = {
         "a tiny random Qwen2 with its own tokenizer, for the demo and the tests",
     ),
     "train": ("medasst_tools.train", "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished"),
+    "generate": (
+        "medasst_tools.generate",
+        "a predict.yaml through LLaMA-Factory, in parts of like length: resumed if killed",
+    ),
     "score": ("medasst_tools.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
     "exam": ("medasst_tools.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
     "compare": ("medasst_tools.compare", "two experiments on the same records: is one better, and how sure is that"),

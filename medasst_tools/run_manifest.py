@@ -21,7 +21,7 @@ def trained_model(config: dict[str, Any]) -> Path | None:
     adapter = config.get("adapter_name_or_path")
     if adapter:
         return Path(str(adapter).split(",")[-1])
-    folder = Path(str(config["model_name_or_path"]))
+    folder = Path(str(config.get("model_name_or_path", "")))
     return folder if (folder / COMPLETE).is_file() else None
 
 
@@ -84,7 +84,7 @@ def describe(config: dict[str, Any], run: dict[str, Any] | None) -> str:
     """Return one line on what will answer."""
     folder = trained_model(config)
     if folder is None:
-        return f"model {config['model_name_or_path']}, not tuned; template {config['template']}"
+        return f"model {config.get('model_name_or_path')}, not tuned; template {config.get('template')}"
     if run is None:
         return f"model {folder}: no {COMPLETE} beside it, what it was trained on is unknown"
     trained = run["inputs"]["config"]
@@ -100,8 +100,8 @@ def describe(config: dict[str, Any], run: dict[str, Any] | None) -> str:
     return "; ".join(filter(None, facts))
 
 
-def check_and_print(config: dict[str, Any], where: Path) -> dict[str, Any] | None:
+def check_and_print(config: dict[str, Any], where: Path, hash_base: bool = True) -> dict[str, Any] | None:
     """Check the config's model, print what it is, and return what a result keeps of it, None for a base or an unknown run."""
-    run = check_model(config, where)
+    run = check_model(config, where, hash_base)
     print(describe(config, run))
     return {"id": run_id(run), "commit": run.get("commit")} if run else None

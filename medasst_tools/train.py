@@ -101,7 +101,12 @@ def train(args: argparse.Namespace, config: dict[str, Any], launch: Launch, inpu
     (output_dir / STARTED).unlink(missing_ok=True)
 
 
-def load_config(path: Path, overrides: list[str]) -> dict[str, Any]:
+REQUIRED = ("output_dir", "dataset", "dataset_dir", "model_name_or_path")
+
+
+def load_config(
+    path: Path, overrides: list[str], kind: str = "train.yaml", required: tuple[str, ...] = REQUIRED
+) -> dict[str, Any]:
     """Return the config with `key=value` overrides, merged as LLaMA-Factory's `read_args` does; UserError if unusable."""
     from omegaconf import OmegaConf
 
@@ -115,10 +120,8 @@ def load_config(path: Path, overrides: list[str]) -> dict[str, Any]:
         ) from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if missing := [
-        key for key in ("output_dir", "dataset", "dataset_dir", "model_name_or_path") if not config.get(key)
-    ]:
-        raise UserError(f"{path} says no {', '.join(missing)}; is it a train.yaml?")
+    if missing := [key for key in required if not config.get(key)]:
+        raise UserError(f"{path} says no {', '.join(missing)}; is it a {kind}?")
     return config
 
 
@@ -149,8 +152,8 @@ def dataset_file(dataset_dir: Path, name: str) -> Path:
 
 
 @contextmanager
-def locked(output_dir: Path) -> Iterator[int]:
-    """Hold the run's lock, and yield its file descriptor for the training to inherit: UserError if another has it.
+def locked(output_dir: Path, what: str = "trained") -> Iterator[int]:
+    """Hold the folder's lock, and yield its file descriptor for the training to inherit: UserError if another has it.
 
     A kill that reaches this process alone leaves the training at work, and two in one folder would damage both.
     """
@@ -160,9 +163,7 @@ def locked(output_dir: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{output_dir} is being trained by another process; wait for it, or end it first"
-            ) from None
+            raise UserError(f"{output_dir} is being {what} by another process; wait for it, or end it first") from None
         yield file.fileno()
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -16,14 +15,11 @@ from pathlib import Path
 
 import numpy
 import pytest
-import yaml
-from conftest import SAMPLES
 from safetensors.numpy import save_file
 
 from medasst_tools import checkpoints, cli, train
 from medasst_tools.files import sha256_of
 from medasst_tools.report_figures import read_losses
-from medasst_tools.tiny_model import build_tiny_model, training_documents
 
 
 def medasst_in_process(words: list[str], log: Path) -> None:
@@ -41,44 +37,16 @@ def medasst_in_process(words: list[str], log: Path) -> None:
     sys.exit(status)
 
 
-@pytest.fixture(scope="session")
-def forkserver():
-    """A process that imports LLaMA-Factory once: each child that it forks starts at once, and can be killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llamafactory.train.tuner"])
-    return context
-
-
-@pytest.fixture(scope="session")
-def config_path(tmp_path_factory):
-    """A LoRA train.yaml of 60 steps on a very small model; dropout, so that the random state matters too."""
-    folder = tmp_path_factory.mktemp("resume")
-    data = folder / "data"
-    words = ["convert", "--raw-dir", str(SAMPLES / "raw"), "--out-dir", str(data), "--max-rejects", "0.1"]
-    assert cli.main(words) == 0
-    build_tiny_model(list(training_documents(data)), folder / "base", vocab_size=1024, hidden_size=32, layers=1)
-    config = yaml.safe_load((SAMPLES.parents[1] / "factory_configs/demo/train.yaml").read_text(encoding="utf-8"))
-    config |= {
-        "model_name_or_path": str(folder / "base"), "dataset_dir": str(data), "output_dir": str(folder / "saves/run"),
-        "dataset": "cmtmedqa_train,webmedqa_train", "cutoff_len": 64, "lora_dropout": 0.1, "per_device_train_batch_size": 2,
-        "max_steps": 90, "save_steps": 3, "logging_steps": 3, "save_total_limit": 2, "warmup_steps": 2, "plot_loss": False,
-        "preprocessing_num_workers": None,
-    }  # fmt: skip
-    path = folder / "train.yaml"
-    path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
-    return path
-
-
-def start(forkserver, config_path: Path, name: str, *overrides: str):
-    log = config_path.with_name(f"{name}.log")
-    words = ["train", str(config_path), f"output_dir={config_path.parent}/saves/{name}", *overrides]
+def start(forkserver, tiny_run: Path, name: str, *overrides: str):
+    log = tiny_run.with_name(f"{name}.log")
+    words = ["train", str(tiny_run), f"output_dir={tiny_run.parent}/saves/{name}", *overrides]
     process = forkserver.Process(target=medasst_in_process, args=(words, log))
     process.start()
     return process, log
 
 
-def finish(forkserver, config_path: Path, name: str, *overrides: str) -> str:
-    process, log = start(forkserver, config_path, name, *overrides)
+def finish(forkserver, tiny_run: Path, name: str, *overrides: str) -> str:
+    process, log = start(forkserver, tiny_run, name, *overrides)
     process.join()
     assert process.exitcode == 0, log.read_text()[-4000:]
     return log.read_text()
@@ -101,16 +69,16 @@ def kill_at_a_random_moment(process, saves: Path, dice: random.Random) -> None:
 
 
 @pytest.fixture(scope="session")
-def killed_run(forkserver, config_path):
+def killed_run(forkserver, tiny_run):
     """The same run twice: not interrupted, and with ten kills."""
-    finish(forkserver, config_path, "whole")
-    saves, dice = config_path.parent / "saves/killed", random.Random(20240607)
+    finish(forkserver, tiny_run, "whole")
+    saves, dice = tiny_run.parent / "saves/killed", random.Random(20240607)
     exits = []
     for _ in range(10):
-        process, log = start(forkserver, config_path, "killed")
+        process, log = start(forkserver, tiny_run, "killed")
         kill_at_a_random_moment(process, saves, dice)
         exits.append(process.exitcode)
-    said = finish(forkserver, config_path, "killed")
+    said = finish(forkserver, tiny_run, "killed")
     return {"exits": exits, "said": said, "whole": saves.with_name("whole"), "killed": saves}
 
 
@@ -145,15 +113,15 @@ def test_the_results_of_a_killed_run_cover_the_whole_run(killed_run):
     assert len(rows) == len({row["current_steps"] for row in rows})
 
 
-def test_a_finished_run_is_not_run_again(killed_run, forkserver, config_path):
+def test_a_finished_run_is_not_run_again(killed_run, forkserver, tiny_run):
     before = sha256_of(killed_run["killed"] / "run.json")
-    assert "finished before" in finish(forkserver, config_path, "killed").splitlines()[-1]
+    assert "finished before" in finish(forkserver, tiny_run, "killed").splitlines()[-1]
     assert sha256_of(killed_run["killed"] / "run.json") == before
 
 
-def test_a_kill_while_the_finished_model_is_saved(killed_run, forkserver, config_path):
+def test_a_kill_while_the_finished_model_is_saved(killed_run, forkserver, tiny_run):
     """The last checkpoint is there, the final weights are cut short, and run.json isn't written."""
-    saves = config_path.parent / "saves/saving"
+    saves = tiny_run.parent / "saves/saving"
     shutil.copytree(killed_run["whole"], saves)
     inputs = read(saves, "run.json")["inputs"]
     inputs["config"]["output_dir"] = str(saves)
@@ -162,7 +130,7 @@ def test_a_kill_while_the_finished_model_is_saved(killed_run, forkserver, config
     (saves / "run.json").unlink()
     weights = saves / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    said = finish(forkserver, config_path, "saving")
+    said = finish(forkserver, tiny_run, "saving")
     assert "finished from checkpoint-90" in said and "Running training" not in said
     assert sha256_of(weights) == sha256_of(killed_run["whole"] / "adapter_model.safetensors")
     ours, theirs = read(saves, "train_results.json"), read(killed_run["whole"], "train_results.json")
@@ -259,11 +227,11 @@ def test_every_processs_part_of_a_deepspeed_checkpoint_must_be_there(tmp_path, d
     assert (fault is None) if message is None else (message in fault)
 
 
-def test_no_two_trainings_in_one_folder(config_path, tmp_path, capsys):
+def test_no_two_trainings_in_one_folder(tiny_run, tmp_path, capsys):
     (tmp_path / ".run.lock").touch()
     with (tmp_path / ".run.lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert cli.main(["train", str(config_path), f"output_dir={tmp_path}/run"]) == 2
+        assert cli.main(["train", str(tiny_run), f"output_dir={tmp_path}/run"]) == 2
     assert "is being trained by another process" in capsys.readouterr().err
 
 
