@@ -106,6 +106,8 @@ $(TOKENS)/made_of.json: factory_configs/$(EXPERIMENT)/tokenize.yaml $(DATA)/mani
 saves/$(EXPERIMENT)/run.json: $(TOKENS)/made_of.json
 endif
 
+# NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR, MASTER_PORT, RDZV_ID, MIN_NNODES, MAX_NNODES and MAX_RESTARTS, given to
+# make or in the environment, reach llamafactory-cli as they are: docs/distributed.md
 train: saves/$(EXPERIMENT)/run.json ## train EXPERIMENT through llamafactory-cli; a killed run goes on
 
 saves/tiny_qwen2/config.json: $(DATA)/manifest.json | $(INSTALLED)
@@ -113,7 +115,7 @@ saves/tiny_qwen2/config.json: $(DATA)/manifest.json | $(INSTALLED)
 
 saves/%/run.json: factory_configs/%/train.yaml $(DATA)/manifest.json | $(INSTALLED)
 	$(MEDASST) train $< $(ARGS)
-	touch $@
+	touch -c $@
 
 saves/demo_base/run.json: saves/tiny_qwen2/config.json
 saves/demo/run.json: saves/demo_base/run.json
@@ -129,10 +131,7 @@ eval: results/report.md ## everything, from installation to report, for $(EXPERI
 $(foreach name,$(TUNED),$(eval results/$(name)/generated_predictions.jsonl results/$(name)/exam.json: saves/$(name)/run.json))
 
 results/%/generated_predictions.jsonl: factory_configs/%/predict.yaml $(DATA)/manifest.json | $(INSTALLED)
-	rm -rf $(@D)/.predicting
-	llamafactory-cli train $< output_dir=$(@D)/.predicting $(ARGS)
-	mv $(@D)/.predicting/predict_results.json $(@D)/.predicting/generated_predictions.jsonl $(@D)/
-	rm -r $(@D)/.predicting
+	$(MEDASST) generate $< $(ARGS)
 
 results/%/scores.json: results/%/generated_predictions.jsonl
 	$(MEDASST) score $< --out $@ --per-record $(@D)/per_record.jsonl --predict-config factory_configs/$*/predict.yaml
@@ -162,9 +161,12 @@ export: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## merge the adapter in
 	llamafactory-cli export factory_configs/$(EXPERIMENT)/export.yaml $(ARGS)
 
 # ---- the project itself ---------------------------------------------------------------------------------------------
-.PHONY: test lint format bench bench-score bench-data clean
+.PHONY: test test-slow lint format bench bench-score bench-data clean
 test: $(INSTALLED) ## every test
 	$(BIN)/pytest $(ARGS)
+
+test-slow: $(INSTALLED) ## the long forms: ten kills of `make train`, two machines resumed, a worker that dies
+	$(BIN)/pytest -m slow $(ARGS)
 
 lint: $(INSTALLED) ## check style and that the rendered configs are what experiments.yaml says
 	$(BIN)/ruff check .

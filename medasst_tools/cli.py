@@ -23,6 +23,10 @@ VERBS = {
     ),
     "tokenize": ("medasst_tools.tokenize_once", "a training set's tokens, made once for the runs on many GPUs"),
     "train": ("medasst_tools.train", "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished"),
+    "generate": (
+        "medasst_tools.generate",
+        "a predict.yaml through LLaMA-Factory, in parts of like length: resumed if killed",
+    ),
     "score": ("medasst_tools.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
     "exam": ("medasst_tools.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
     "compare": ("medasst_tools.compare", "two experiments on the same records: is one better, and how sure is that"),
