@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from medasst_tools import preflight
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import PROJECT_ROOT, model_sha256, sha256_of, write_json
 
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if _read_json(output_dir / COMPLETE).get("inputs") == inputs:
         print(f"{output_dir}: finished before with the same config, data and base; nothing to do")
         return
+    preflight.require(config)
     earlier = prepare_output_dir(output_dir, inputs)
     started = time.monotonic()
     status = subprocess.run([_llamafactory_cli(), "train", str(args.config), *args.overrides], check=False).returncode
