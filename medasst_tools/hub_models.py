@@ -74,7 +74,7 @@ def look_at_folder(folder: Path, step: str) -> Located:
     for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
         try:
             wanted |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return Located("fail", f"{index} is damaged", step, config)
         break  # one format is enough
     missing = sorted(name for name in wanted if not (folder / name).is_file())

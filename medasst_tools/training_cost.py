@@ -6,17 +6,19 @@ Notation: L layers of width h with MLPs of width i, v rows of vocabulary, b reco
 Arithmetic. A weight costs a token 2 operations (multiply, add) forward and 2 backward for the gradient of its input; a trained one
 2 more for its own gradient, and recomputation (gradient checkpointing, LLaMA-Factory's default) repeats the 2 forward in the layers,
 not in the output head. So a frozen layer weight costs 6, the frozen head 4, a trained layer weight 8; without recomputation 4, 4, 6.
-Attention's two products cost 4 x t x heads x head_dim a token and layer forward (masked halves are computed too), as often
-as a trained weight's products. tests/test_training_cost.py compares this with torch's FlopCounterMode: equal.
+Attention's two products are like 2 x t x heads x head_dim trained weights a layer (masked halves are computed too). Without
+recomputation a frozen embedding asks for no gradient, so the first layer's q, k, v give none.
+tests/test_training_cost.py compares this with torch's FlopCounterMode around LLaMA-Factory's trainings: equal.
 
-Memory. At rest: the weights (2 bytes; in 4 bits 0.516 with double quantization, 0.5625 without, head and embedding stay at 2), each
-trained weight in float32 with gradient and two moments (16). Then the larger of two peaks:
-- the loss: logits in float32 three times (log-softmax, its gradient, the gradient behind it), 12 x b x t x v, and every layer's
-  input; for Qwen2-7B's 152,064 rows that is 3.5 GiB at 4 x 512, and what decides. liger-kernel never holds the logits.
-- one layer's backward pass: every layer's input and its gradient, and that layer's activations.
-The bytes of a layer's activations a token (LAYER_BYTES) were counted over torch's operations on Qwen2 layers of several widths with a
-LoRA on every linear layer; the test counts them again, on the real shape too. A CUDA context and the allocator's gaps come on
-top (CUDA_OVERHEAD, an assumption until a GPU has been measured); a CPU process has Python and its libraries (PROCESS_BYTES).
+Memory. At rest: the weights (2 bytes; in 4 bits 0.516 with double quantization, 0.5625 without, head and embedding stay at 2), and
+of each trained weight a float32 copy and two moments (12). Its gradient (4) comes when activations go. On top the larger of:
+- the loss: every layer's input, and logits in float32 three times (log-softmax, its gradient, the gradient behind it),
+  12 x b x t x v: for Qwen2-7B's 152,064 rows 3.5 GiB at 4 x 512, which decides. liger-kernel never holds the logits.
+- one layer's backward pass: every layer's input, and that layer's activations, recomputed.
+Without recomputation the layers' inputs are all their activations. LAYER_BYTES were counted over torch's operations on Qwen2 layers of
+several widths with a LoRA on every linear layer; the test counts again, on the real shape too, to 3 % of the whole. A CUDA
+context and the allocator's gaps come on top (CUDA_OVERHEAD, an assumption until a GPU has been measured); a CPU process has Python
+and its libraries (PROCESS_BYTES).
 
 Time. Operations over a rate that a finished run on this hardware reached; there is no other source, and no guess.
 """
@@ -38,11 +40,11 @@ FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")  # whose layers the f
 # (per i, per h) and token: while a layer is recomputed and goes backward; kept by a layer without recomputation; on top of
 # what is kept while one goes backward.
 LAYER_BYTES = {
-    "bf16": {"recomputed": (15, 34), "kept": (8, 28), "backward": (6, 20)},
-    "fp32": {"recomputed": (32, 36), "kept": (16, 32), "backward": (16, 10)},
+    "bf16": {"recomputed": (14, 41), "kept": (8, 28), "backward": (6, 20)},
+    "fp32": {"recomputed": (24, 37), "kept": (16, 33), "backward": (8, 4)},
 }
 LOGIT_BYTES = 12
-TRAINED_WEIGHT_BYTES = 16
+TRAINED_BYTES, GRADIENT_BYTES = 12, 4  # float32: the weight and two moments; the gradient
 CUDA_OVERHEAD = 0.75 * GIB
 PROCESS_BYTES = 1.2 * GIB
 TOKENISED_BYTES = 13  # a token in the datasets library's cache: input_ids int32, attention_mask int8, labels int64
@@ -176,45 +178,45 @@ def flops_per_token(shape: ModelShape, method: Method, length: float) -> float:
     if method.lora_rank is None:
         return passes * (shape.layer_weights + attention) + 6 * shape.head_weights
     frozen = (passes - 2) * shape.layer_weights + 4 * shape.head_weights
-    return frozen + passes * (shape.lora_parameters(method.lora_rank) + attention)
+    learning = passes * (shape.lora_parameters(method.lora_rank) + attention)
+    if method.recompute:
+        return frozen + learning
+    no_gradient = sum(inputs * outputs + method.lora_rank * inputs for inputs, outputs in shape.linear_layers()[:3])
+    return frozen + learning - 2 * no_gradient
 
 
-def weight_bytes(shape: ModelShape, method: Method) -> float:
-    """Return what the weights take at rest on one device, with gradients and moments of those that learn."""
-    trained = TRAINED_WEIGHT_BYTES * trained_parameters(shape, method)
+def resting_bytes(shape: ModelShape, method: Method) -> float:
+    """Return what a device holds between two steps: the weights, and the moments of those that learn."""
+    trained = TRAINED_BYTES * trained_parameters(shape, method)
     if method.lora_rank is None:
         return trained / method.shards
-    rest = shape.parameters - shape.layer_weights
-    if method.bits is None:
-        layers = (2 if method.mixed else 4) * shape.layer_weights
-    else:  # one scale a block of 64: float32, or 8 bits with a second level
+    width = 2 if method.mixed else 4
+    layers = width * shape.layer_weights
+    if method.bits:  # one scale a block of 64: float32, or 8 bits with a second level
         layers = shape.layer_weights * (method.bits / 8 + (1 / 64 if method.double_quantization else 4 / 64))
-    return (layers + (2 if method.mixed else 4) * rest + trained) / method.shards
+    return (layers + width * (shape.parameters - shape.layer_weights) + trained) / method.shards
 
 
-def activation_bytes(shape: ModelShape, method: Method, tokens: int) -> float:
-    """Return the most that a step's activations take, for `tokens` padded tokens on the device at once."""
+def working_bytes(shape: ModelShape, method: Method, tokens: int) -> float:
+    """Return the most that a step takes on top, for `tokens` padded tokens on the device at once."""
     width, bytes_of = (2, LAYER_BYTES["bf16"]) if method.mixed else (4, LAYER_BYTES["fp32"])
 
     def layer(kind: str) -> float:
         per_i, per_h = bytes_of[kind]
         return tokens * (per_i * shape.intermediate + per_h * shape.hidden)
 
-    if method.recompute:
-        inputs = shape.layers * tokens * shape.hidden * width
-        kept, backward = inputs, inputs + layer("recomputed")
-    else:
-        kept, backward = shape.layers * layer("kept"), layer("backward")
+    kept = shape.layers * (tokens * shape.hidden * width if method.recompute else layer("kept"))
+    backward = layer("recomputed" if method.recompute else "backward")
     logits = 0 if method.liger else LOGIT_BYTES * tokens * shape.vocabulary
     unpacked = max(a * b for a, b in shape.linear_layers()) * width if method.bits else 0
-    return kept + max(logits, backward) + unpacked
+    gradients = GRADIENT_BYTES * trained_parameters(shape, method) / method.shards
+    return max(kept + max(logits, backward) + unpacked, gradients)
 
 
 def training_bytes(shape: ModelShape, method: Method, *, gpu: bool) -> float:
     """Return the peak memory of a device (a CPU process) at a batch that is `cutoff` long throughout."""
-    tokens = method.batch * method.cutoff
     overhead = CUDA_OVERHEAD if gpu else PROCESS_BYTES
-    return weight_bytes(shape, method) + activation_bytes(shape, method, tokens) + overhead
+    return resting_bytes(shape, method) + working_bytes(shape, method, method.batch * method.cutoff) + overhead
 
 
 def checkpoint_bytes(shape: ModelShape, method: Method) -> int:

@@ -154,10 +154,10 @@ def test_memory_of_a_step_on_tensors_without_data(case):
     method = Method(batch=4, cutoff=512, **settings)
     shape = ModelShape.from_config(QWEN2_7B | changes)
     peak = tracked_peak(QWEN2_7B | changes, method, dtype)
-    formula = training_cost.weight_bytes(shape, method) + training_cost.activation_bytes(shape, method, 4 * 512)
-    assert formula == pytest.approx(peak, rel=0.05)
-    at_rest = training_cost.weight_bytes(shape, method)
-    assert formula - at_rest == pytest.approx(peak - at_rest, rel=0.15)  # and not only because weights are most of it
+    resting, working = training_cost.resting_bytes(shape, method), training_cost.working_bytes(shape, method, 4 * 512)
+    # in a narrow model attention's own tensors, which the formula hasn't, count for more
+    assert resting + working == pytest.approx(peak, rel=0.06 if "small" in case else 0.03)
+    assert working == pytest.approx(peak - resting, rel=0.1)  # and not only because weights are most of it
     if case == "medasst":
         assert training_cost.training_bytes(shape, method, gpu=True) < 24 << 30
 
@@ -223,9 +223,9 @@ def test_methods_of_the_rendered_configs():
     zero3 = medasst | {"deepspeed": {"zero_optimization": {"stage": 3}}}
     assert Method.from_config(zero3, 8).shards == 8
     shape = ModelShape.from_config(QWEN2_7B)
-    whole, quarter = (training_cost.weight_bytes(shape, Method(shards=n)) for n in (1, 4))
+    whole, quarter = (training_cost.resting_bytes(shape, Method(shards=n)) for n in (1, 4))
     assert quarter == whole / 4
-    assert training_cost.weight_bytes(shape, Method(bits=4)) < 0.45 * whole
+    assert training_cost.resting_bytes(shape, Method(bits=4)) < 0.45 * whole
 
 
 @pytest.mark.parametrize(
