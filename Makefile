@@ -161,7 +161,10 @@ export: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## merge the adapter in
 	llamafactory-cli export factory_configs/$(EXPERIMENT)/export.yaml $(ARGS)
 
 # ---- the project itself ---------------------------------------------------------------------------------------------
-.PHONY: test test-slow lint format bench bench-score bench-data clean
+.PHONY: doctor test test-slow lint format bench bench-score bench-data bench-train bench-gpu clean
+doctor: $(INSTALLED) ## what this machine has and EXPERIMENT needs: versions, data, model, memory, disk, hours
+	$(MEDASST) doctor $(EXPERIMENT)
+
 test: $(INSTALLED) ## every test
 	$(BIN)/pytest $(ARGS)
 
@@ -185,6 +188,12 @@ bench-score: $(INSTALLED) ## scores and exams against LLaMA-Factory's own way (A
 
 bench-data: $(INSTALLED) ## convert and audit at full size, against a floor and the usual ways (ARGS="--scale 0.1")
 	$(BIN)/python benchmarks/bench_data.py $(ARGS)
+
+bench-train: $(INSTALLED) ## padding against packing and like-length batches, tiny model (ARGS="--data-dir data/real")
+	$(BIN)/python benchmarks/bench_train.py $(ARGS)
+
+bench-gpu: $(INSTALLED) ## memory, speed and hours of Qwen2-7B's shape on this machine's GPU (ARGS="--cpu" for a tiny shape)
+	$(BIN)/python benchmarks/bench_gpu.py $(ARGS)
 
 clean: ## remove what runs made: data/demo, saves/, results/ (not data/raw, data/exams, data/full, .venv)
 	rm -rf data/demo saves results

@@ -11,6 +11,10 @@ import sys
 from medasst_tools.errors import CheckFailed, UserError
 
 VERBS = {
+    "doctor": (
+        "medasst_tools.doctor",
+        "versions, extras, GPU, disk, hub; what an experiment needs and whether it is here",
+    ),
     "convert": ("medasst_tools.convert", "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for"),
     "audit": (
         "medasst_tools.audit",

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from medasst_tools import checkpoints
+from medasst_tools import checkpoints, preflight
 from medasst_tools.checkpoints import read_json
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import PROJECT_ROOT, model_sha256, sha256_of, write_json
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if read_json(output_dir / COMPLETE).get("inputs") == inputs:
         print(f"{output_dir}: finished before with the same config, data and base; nothing to do")
         return
+    preflight.require(config)
     check_tokens(config, inputs["data"])
     if launch.rank and not config.get("save_on_each_node"):  # node 0 prepares the folder that they share, and writes
         step = agree_on_step(launch, lambda: checkpoints.whole_steps(output_dir))
