@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     name = os.environ.get("API_MODEL_NAME") or args.chat_config.resolve().parent.name
     with _bind(host, port) as listener:  # before the model is loaded, which takes a while
         app = build_app(config, name, key, concurrent, args.queue, args.time_limit)
-        print(f"http://{host}:{listener.getsockname()[1]}/v1 serves {name}. This is no doctor: say so to who reads it.")
+        address = f"http://{host}:{listener.getsockname()[1]}/v1"
+        print(f"{address} serves {name}. This is no doctor: say so to who reads it.", flush=True)
         _server(app).run(sockets=[listener])
 
 
@@ -104,7 +105,6 @@ def build_app(
 
     from llamafactory.api.app import create_app
     from llamafactory.chat import ChatModel
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from medasst_tools.api_guard import ApiGuard
     from medasst_tools.api_requests import prompt_rules
@@ -118,9 +118,7 @@ def build_app(
     chat_model.engine.model = StoppableModel(chat_model.engine.model)
     app = create_app(chat_model)
     app.user_middleware.clear()  # theirs lets every web page in the user's browser call the server
-    guarded = ApiGuard(app, rules, key, concurrent, queue, time_limit)
-    # without a key: only who calls this machine by its own name, not a page that gave its name this address
-    return guarded if key else TrustedHostMiddleware(guarded, allowed_hosts=list(LOCAL_HOSTS))
+    return ApiGuard(app, rules, key, concurrent, queue, time_limit)
 
 
 def _server(app):

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from medasst_tools.api import LOCAL_HOSTS
 from medasst_tools.api_requests import PromptRules, Refused
 from medasst_tools.stoppable_model import CURRENT, Generation
 
@@ -50,7 +51,7 @@ class ApiGuard:
 
         request = Request(scope, receive)
         try:
-            self._check_key(request)
+            self._check_caller(request)
             match (request.method, scope["path"]):
                 case endpoint if endpoint == CHAT:
                     await self._chat(request, send_with_notice)
@@ -63,7 +64,10 @@ class ApiGuard:
         except ClientDisconnect:
             pass
 
-    def _check_key(self, request: Request) -> None:
+    def _check_caller(self, request: Request) -> None:
+        # without a key, who calls this machine by its own name, and not a web page whose name was given its address
+        if not self.key and request.url.hostname not in LOCAL_HOSTS:
+            raise Refused(403, f"Without an API key only {' and '.join(LOCAL_HOSTS)} are answered, as the host's name")
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if self.key and not (scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self.key)):
             raise Refused(401, "Wrong or missing API key; send Authorization: Bearer KEY", code="invalid_api_key")

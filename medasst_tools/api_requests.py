@@ -97,7 +97,8 @@ class PromptRules(NamedTuple):
     """What the loaded model sets for a prompt."""
 
     model_name: str
-    encode: Callable[[list[dict[str, str]], str | None], list[int]]  # a whole prompt, as LLaMA-Factory's engine does it
+    # of a whole prompt (turns, system prompt), as LLaMA-Factory's engine does it
+    encode: Callable[[list[dict[str, str]], str | None], list[int]]
     encode_text: Callable[[str], list[int]]
     control_tokens: dict[int, str]
     positions: int
@@ -221,6 +222,5 @@ def control_tokens(tokenizer, template) -> dict[int, str]:
     return {
         number: token.content
         for number, token in tokenizer.added_tokens_decoder.items()
-        if number != tokenizer.unk_token_id
-        and (token.special or (token.content.strip() and token.content in written))
+        if number != tokenizer.unk_token_id and (token.special or (token.content.strip() and token.content in written))
     }

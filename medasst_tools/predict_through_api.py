@@ -42,6 +42,17 @@ class Record(NamedTuple):
     key: str
 
 
+class Job(NamedTuple):
+    """What is to be asked and written."""
+
+    test_sets: list[Path]
+    out: Path
+    system: str | None
+    max_tokens: int
+    weights: list[str | None]  # sha256, where they are on this machine: weights trained anew are asked anew
+    template: str | None
+
+
 class Answers:
     """The answers so far, in memory and in a partial file that outlives a kill."""
 
@@ -95,18 +106,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Ask what isn't answered yet and write the file."""
-    data_dir, names, out, system, max_tokens, weights = settings(args)
+    job = job_of(args)
     key = os.environ.get("API_KEY") or os.environ.get("OPENAI_API_KEY")
     model = asyncio.run(_model(args.api_base, key, args.model))
-    asked_of = [args.api_base.rstrip("/"), model, weights, max_tokens]
-    records = list(test_records(data_dir, names, system, asked_of))
-    answers = Answers(out.with_name(f".{out.name}.partial"))
+    asked_of = [args.api_base.rstrip("/"), model, job.weights, job.max_tokens]
+    records = list(test_records(job.test_sets, job.system, asked_of))
+    answers = Answers(job.out.with_name(f".{job.out.name}.partial"))
     open_records = {record.key: record for record in records if record.key not in answers.by_key}
     if answers.by_key and open_records:
         print(f"{answers.path}: going on, {len(open_records)} of {len(records)} records are still to be asked")
     refused: dict[str, str] = {}
     if open_records:
-        request = {"model": model, "max_tokens": max_tokens, "temperature": 0}
+        request = {"model": model, "max_tokens": job.max_tokens, "temperature": 0}
         refused = asyncio.run(_ask_all(args, key, request, list(open_records.values()), answers))
     if refused and not args.empty_if_refused:
         place, reason = next(iter(refused.items()))
@@ -114,17 +125,18 @@ def run(args: argparse.Namespace) -> None:
             f"the endpoint refused {len(refused)} of {len(records)} records, first {place}: {reason}; the other answers "
             f"are kept in {answers.path}; --empty-if-refused gives these an empty answer"
         )
-    with atomic_writer(out) as file:
+    label = label_writer(job.template)
+    with atomic_writer(job.out) as file:
         for record in records:
             prompt = "\n".join(f"{message['role']}: {message['content']}" for message in record.messages)
-            row = {"prompt": prompt, "predict": answers.by_key.get(record.key, ""), "label": record.reference}
+            row = {"prompt": prompt, "predict": answers.by_key.get(record.key, ""), "label": label(record.reference)}
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
     answers.path.unlink(missing_ok=True)
-    print(f"{out}: {len(records)} answers of {model}, {len(refused)} refused and left empty")
+    print(f"{job.out}: {len(records)} answers of {model}, {len(refused)} refused and left empty")
 
 
-def settings(args: argparse.Namespace) -> tuple[Path, list[str], Path, str | None, int, list[str | None]]:
-    """Return data folder, datasets, output, system prompt, answer length, sha256 of local weights: of options, else of the config."""
+def job_of(args: argparse.Namespace) -> Job:
+    """Return what the options say, else the config; UserError if that isn't enough."""
     address = urlsplit(args.api_base)
     if address.scheme not in ("http", "https") or not address.hostname or address.username:
         raise UserError(
@@ -144,10 +156,15 @@ def settings(args: argparse.Namespace) -> tuple[Path, list[str], Path, str | Non
     if not isinstance(max_tokens, int) or max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens!r}, must be 1 or more")
     names = ",".join([datasets] if isinstance(datasets, str) else datasets).split(",")
-    # where the weights are on this machine, weights trained anew are asked anew
     folders = [config[key] for key in ("model_name_or_path", "adapter_name_or_path") if config.get(key)]
-    weights = [model_sha256(Path(folder)) for folder in folders]
-    return Path(data_dir), names, Path(out), args.system or config.get("default_system"), max_tokens, weights
+    return Job(
+        find_test_sets(Path(data_dir), names),
+        Path(out),
+        args.system or config.get("default_system"),
+        max_tokens,
+        [model_sha256(Path(folder)) for folder in folders],
+        config.get("template"),
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -164,18 +181,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def test_records(data_dir: Path, names: list[str], system: str | None, asked_of: list) -> Iterator[Record]:
-    """Yield the records in order, as LLaMA-Factory turns Alpaca records into turns; UserError names what is missing."""
+def find_test_sets(data_dir: Path, names: list[str]) -> list[Path]:
+    """Return the files of the datasets, in order; UserError names what is missing."""
     try:
         info = json.loads((data_dir / "dataset_info.json").read_text(encoding="utf-8"))
-        paths = {name: data_dir / info[name]["file_name"] for name in names}
+        paths = [data_dir / info[name]["file_name"] for name in names]
     except FileNotFoundError:
         raise UserError(f"no {data_dir}/dataset_info.json; `medasst convert --out-dir {data_dir}` writes it") from None
+    except ValueError:
+        raise UserError(f"{data_dir}/dataset_info.json is damaged; run `medasst convert` again") from None
     except KeyError as error:
+        raise UserError(f"no dataset {error} in {data_dir}/dataset_info.json; there are {', '.join(info)}") from None
+    if gone := [path for path in paths if not path.is_file()]:
         raise UserError(
-            f"no dataset {error} in {data_dir}/dataset_info.json; there are {', '.join(info)}"
-        ) from None
-    for name, path in paths.items():
+            f"{data_dir}/dataset_info.json names {gone[0]}, which isn't there; run `medasst convert` again"
+        )
+    return paths
+
+
+def test_records(paths: list[Path], system: str | None, asked_of: list) -> Iterator[Record]:
+    """Yield the records in order, as LLaMA-Factory turns Alpaca records into turns."""
+    for path in paths:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 record = orjson.loads(line)
@@ -186,6 +212,29 @@ def test_records(data_dir: Path, names: list[str], system: str | None, asked_of:
                 messages = [{"role": role, "content": content} for role, content in turns]
                 key = hashlib.sha256(orjson.dumps([*asked_of, messages])).hexdigest()
                 yield Record(f"{path}, line {number}", messages, record["output"], key)
+
+
+def label_writer(template: str | None) -> Callable[[str], str]:
+    """Return how a reference becomes a label: where the template is known, as LLaMA-Factory writes it.
+
+    That is the answer as the template writes it less its marks, which leaves a newline (qwen) or a space (mistral) that
+    BLEU-4 counts: with it the same answers have the same scores, whoever predicted them.
+    """
+    if template is None:
+        return lambda reference: reference
+    from llamafactory.data.template import TEMPLATES
+
+    if template not in TEMPLATES:
+        raise UserError(f"LLaMA-Factory has no template {template!r}; the predict.yaml must name one that it has")
+    form = TEMPLATES[template]
+
+    def label(reference: str) -> str:
+        text = "".join(part for part in form.format_assistant.apply(content=reference) if isinstance(part, str))
+        for mark in form.stop_words:
+            text = text.replace(mark, "")
+        return text
+
+    return label
 
 
 def _client(api_base: str, key: str | None, timeout: float, retries: int):

@@ -23,6 +23,7 @@ import pytest
 from conftest import ROOT, make_environment, run_make
 
 from medasst_tools import api, cli
+from medasst_tools.api_guard import ApiGuard
 from medasst_tools.tiny_model import build_tiny_model
 
 KEY = "a-key-for-this-test"
@@ -90,7 +91,8 @@ def served(tmp_path_factory):
     while not server.started:
         time.sleep(0.05)
     running = Served(guard, listener.getsockname()[1])
-    running.model = engine_model(guard)
+    running.engine = engine_of(guard)
+    running.model = running.engine.model._model
 
     def count(*_):
         running.steps += 1
@@ -104,13 +106,13 @@ def served(tmp_path_factory):
     os.environ.update(before)
 
 
-def engine_model(guard):
-    """Return the transformers model in the app's chat engine."""
+def engine_of(guard):
+    """Return the app's chat engine, which nothing but its endpoint holds."""
     route = next(route for route in guard.app.routes if route.path == "/v1/chat/completions")
     chat_model = next(
         cell.cell_contents for cell in route.endpoint.__closure__ if hasattr(cell.cell_contents, "engine")
     )
-    return chat_model.engine.model._model
+    return chat_model.engine
 
 
 @pytest.fixture
@@ -152,6 +154,14 @@ def test_16_at_once(served, answer):
             return await asyncio.gather(*(client.chat.completions.create(**request) for _ in range(16)))
 
     assert [reply.choices[0].message.content for reply in asyncio.run(ask_all())] == [answer] * 16
+
+
+def test_the_exported_chat_template_is_llamafactorys(served):
+    """vLLM and SGLang serve the exported model by the tokenizer's chat template, which LLaMA-Factory writes."""
+    tokenizer = served.engine.tokenizer
+    exported = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, tokenize=False)
+    turns = served.guard.rules.encode(CONVERSATION[1:], CONVERSATION[0]["content"])
+    assert exported == tokenizer.decode(turns) and tokenizer.encode(exported, add_special_tokens=False) == turns
 
 
 @pytest.mark.parametrize(
@@ -243,6 +253,19 @@ def test_bad_requests_are_refused_in_openais_shape(served, answer, stream):
 def test_bad_headers_are_refused(served, answer, headers, status):
     reply = served.post(body_of(), **headers)
     assert reply.status_code == status and set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_without_a_key_only_this_machines_own_names_are_answered(served):
+    """Not a web page that gave its own name this machine's address, and no page of another origin at all."""
+
+    async def get(host: str, **headers) -> httpx.Response:
+        transport = httpx.ASGITransport(ApiGuard(served.guard.app, served.guard.rules, None, 1, 1, 1))
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}:8000") as client:
+            return await client.get("/v1/models", headers=headers)
+
+    for host, status in (("127.0.0.1", 200), ("localhost", 200), ("evil.example", 403)):
+        assert asyncio.run(get(host)).status_code == status
+    assert "access-control-allow-origin" not in asyncio.run(get("localhost", Origin="http://evil.example")).headers
 
 
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/v1/score/evaluation", "/v1/completions", "/"])
@@ -369,3 +392,60 @@ def test_mistakes_are_one_line_and_status_2(monkeypatch, capsys, tmp_path, envir
     assert cli.main(["api", str(tmp_path / "chat.yaml"), *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
+
+
+@pytest.fixture(scope="module")
+def demo(project, evaluated, tmp_path_factory):
+    """`make api` for real, in a copy of the project in which the demo is trained; {"folder", "base", "log"}."""
+    folder = shutil.copytree(project, tmp_path_factory.mktemp("served") / "project", symlinks=True)
+    log = folder.parent / "api.log"
+    environment = make_environment(folder) | {"API_PORT": "0", "API_KEY": KEY, "PYTHONUNBUFFERED": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["make", "api"], cwd=folder, env=environment, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    while not (address := re.search(r"^(http://127\.0\.0\.1:\d+/v1) serves demo\.", log.read_text(), re.MULTILINE)):
+        if process.poll() is not None:
+            pytest.fail(f"make api ended:\n{log.read_text()[-6000:]}", pytrace=False)
+        time.sleep(0.2)
+    yield {"folder": folder, "base": address[1], "log": log}
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(30)
+    assert "Traceback" not in log.read_text()
+
+
+def predictions(folder) -> list[dict]:
+    path = folder / "results/demo/generated_predictions.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.end_to_end
+def test_predict_through_the_server_gives_llamafactorys_answers(demo, monkeypatch):
+    """Every test record of the demo, several turns included: the same answers, and so the same scores."""
+    folder = demo["folder"]
+    theirs, their_scores = predictions(folder), json.loads((folder / "results/demo/scores.json").read_text())
+    (folder / "results/demo/generated_predictions.jsonl").unlink()
+    monkeypatch.setenv("API_KEY", KEY)
+    run_make(folder, "results/demo/scores.json", "BACKEND=api", f"API_BASE={demo['base']}")
+    ours, our_scores = predictions(folder), json.loads((folder / "results/demo/scores.json").read_text())
+    assert [(row["predict"], row["label"]) for row in ours] == [(row["predict"], row["label"]) for row in theirs]
+    assert sum("assistant: " in row["prompt"] for row in ours) >= 5 and len(ours) >= 40
+    for scores in (our_scores, their_scores):
+        del scores["predictions"]  # the file's sha256: its prompts are written otherwise
+    assert our_scores == their_scores
+    assert not (folder / "results/demo/predict_results.json").exists()  # of the run through LLaMA-Factory
+    log = demo["log"].read_text()
+    assert log.count("POST /v1/chat/completions") >= len({row["prompt"] for row in ours})
+    assert KEY not in log and not [row["prompt"] for row in ours if row["prompt"].split("user: ")[-1] in log]
+    assert not [path for path in folder.glob("results/**/*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.end_to_end
+def test_the_shop_example(demo):
+    example = [sys.executable, str(ROOT / "examples/shop_chat.py"), demo["base"]]
+    run = subprocess.run(example, env=os.environ | {"API_KEY": KEY}, capture_output=True, text=True, check=True)
+    turns = re.findall(r"^顾客：(.+)\n助手：(.+)$", run.stdout, re.MULTILINE)
+    assert len(turns) == 3 and run.stdout.strip().endswith("请拨打 120。")
+    wrong = subprocess.run(example, env=os.environ | {"API_KEY": "x"}, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1 and "API key" in wrong.stderr
