@@ -22,7 +22,7 @@ import openai
 import pytest
 from conftest import ROOT, make_environment, run_make
 
-from medasst_tools import api, cli
+from medasst_tools import api, api_guard, api_requests, cli
 from medasst_tools.api_guard import ApiGuard
 from medasst_tools.tiny_model import build_tiny_model
 
@@ -449,3 +449,17 @@ def test_the_shop_example(demo):
     assert len(turns) == 3 and run.stdout.strip().endswith("请拨打 120。")
     wrong = subprocess.run(example, env=os.environ | {"API_KEY": "x"}, capture_output=True, text=True, check=False)
     assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1 and "API key" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", ["docs/api.md", "docs/api_zh.md"])
+def test_the_docs_limits_and_commands_are_the_codes(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert f"--queue {api.QUEUE} --time-limit {api.TIME_LIMIT:g}" in text
+    assert f" {api_guard.MAX_BODY >> 20} MiB" in text and f" {api_guard.BODY_SECONDS} s" in text
+    assert re.search(rf"{api_requests.MAX_MESSAGES} (messages|条)", text) and f"{api_requests.GREEDY_BELOW:g}" in text
+    assert all(f"`{parameter}`" in text for parameter in ("stop", "n", "presence_penalty", "tools", "logit_bias"))
+    codes = set(re.findall(r"^\| \d+ `(\w+)`", text, re.MULTILINE))
+    source = "".join((ROOT / "medasst_tools" / module).read_text() for module in ("api_guard.py", "api_requests.py", "stoppable_model.py"))  # fmt: skip
+    assert len(codes) >= 7 and codes == set(re.findall(r'code="(\w+)"', source)) - {"request_too_large"}
+    for verb, options in re.findall(r"^medasst (\w+) (.+)$", text, re.MULTILINE):
+        cli.build_parser(verb).parse_args([verb, *options.split()])
