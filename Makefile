@@ -33,6 +33,14 @@ ARGS ?=
 # a cleaner variant of the data: --drop-overlap --drop-duplicates --mask-personal-data
 DATA_ARGS ?=
 SHOTS ?= 0
+# who answers the test set: llamafactory here, or api, an OpenAI-style endpoint; the answers are the same, so that a change
+# of it makes nothing stale
+BACKEND ?= llamafactory
+API_BASE ?= http://127.0.0.1:8000/v1
+ifeq ($(filter $(BACKEND),llamafactory api),)
+  $(error BACKEND is '$(BACKEND)', must be llamafactory or api)
+endif
+API_ARGS ?=
 REPORT_LANG ?= en
 PYTHON ?= python3
 export USE_MODELSCOPE_HUB ?= 1
@@ -122,16 +130,23 @@ saves/demo/run.json: saves/demo_base/run.json
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 .PHONY: predict exam report eval
-predict: results/$(EXPERIMENT)/generated_predictions.jsonl ## answer the dialogue test set
+predict: results/$(EXPERIMENT)/generated_predictions.jsonl ## answer the dialogue test set (BACKEND=api API_BASE=URL: through an endpoint)
 exam: results/$(EXPERIMENT)/exam.json ## answer the exam questions (SHOTS=0 or 5)
 report: results/report.md ## write results/report.md and report.html (REPORT_LANG=zh)
 eval: results/report.md ## everything, from installation to report, for $(EXPERIMENTS)
 
-# a tuned model must be trained before it answers
-$(foreach name,$(TUNED),$(eval results/$(name)/generated_predictions.jsonl results/$(name)/exam.json: saves/$(name)/run.json))
+# a tuned model must be trained before it answers; one behind an endpoint is there already
+LOCAL_PREDICTIONS = $(if $(filter api,$(BACKEND)),,results/$(1)/generated_predictions.jsonl)
+$(foreach name,$(TUNED),$(eval $(call LOCAL_PREDICTIONS,$(name)) results/$(name)/exam.json: saves/$(name)/run.json))
 
+ifeq ($(BACKEND),api)
+results/%/generated_predictions.jsonl: factory_configs/%/predict.yaml $(DATA)/manifest.json | $(INSTALLED)
+	$(MEDASST) predict $< --api-base $(API_BASE) $(API_ARGS)
+	rm -f $(@D)/predict_results.json  # of an earlier run through LLaMA-Factory
+else
 results/%/generated_predictions.jsonl: factory_configs/%/predict.yaml $(DATA)/manifest.json | $(INSTALLED)
 	$(MEDASST) generate $< $(ARGS)
+endif
 
 results/%/scores.json: results/%/generated_predictions.jsonl
 	$(MEDASST) score $< --out $@ --per-record $(@D)/per_record.jsonl --predict-config factory_configs/$*/predict.yaml
@@ -145,7 +160,7 @@ results/report.md: $(foreach name,$(EXPERIMENTS),results/$(name)/scores.json res
 	echo '$(REPORT_LANG)' > results/.lang
 
 # ---- in use ---------------------------------------------------------------------------------------------------------
-.PHONY: chat export
+.PHONY: chat api export
 # a model that is there is used as it is: asking it something trains nothing again
 TRAINED_IF_MISSING = $(if $(filter $(EXPERIMENT),$(TUNED)),$(if $(wildcard saves/$(EXPERIMENT)/run.json),,saves/$(EXPERIMENT)/run.json))
 export GRADIO_SERVER_NAME ?= 127.0.0.1
@@ -156,6 +171,9 @@ export GRADIO_NUM_PORTS ?= 1
 
 chat: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## the web chat on http://127.0.0.1:7860 (GRADIO_SERVER_PORT)
 	llamafactory-cli webchat factory_configs/$(EXPERIMENT)/chat.yaml $(ARGS)
+
+api: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## an OpenAI-style server on http://127.0.0.1:8000/v1 (API_PORT, API_KEY, API_HOST)
+	$(MEDASST) api factory_configs/$(EXPERIMENT)/chat.yaml $(API_ARGS) $(ARGS)
 
 export: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## merge the adapter into the base: saves/EXPERIMENT_merged
 	llamafactory-cli export factory_configs/$(EXPERIMENT)/export.yaml $(ARGS)

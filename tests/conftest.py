@@ -61,6 +61,9 @@ def make_environment(project: Path) -> dict[str, str]:
         "RAW",
         "EXAMS",
         "SHOTS",
+        "BACKEND",
+        "API_BASE",
+        "API_ARGS",
     )
     kept = {key: value for key, value in os.environ.items() if key not in of_the_outer_make}
     return kept | {"PYTHONPATH": str(project), "PYTHON": sys.executable}
