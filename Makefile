@@ -36,6 +36,14 @@ comma := ,
 # a cleaner variant of the data: --drop-overlap --drop-duplicates --mask-personal-data
 DATA_ARGS ?=
 SHOTS ?= 0
+# who answers the test set: llamafactory here, or api, an OpenAI-style endpoint; the answers are the same, so that a change
+# of it makes nothing stale
+BACKEND ?= llamafactory
+API_BASE ?= http://127.0.0.1:8000/v1
+ifeq ($(filter $(BACKEND),llamafactory api),)
+  $(error BACKEND is '$(BACKEND)', must be llamafactory or api)
+endif
+API_ARGS ?=
 REPORT_LANG ?= en
 PYTHON ?= python3
 export USE_MODELSCOPE_HUB ?= 1
@@ -109,6 +117,8 @@ $(TOKENS)/made_of.json: factory_configs/$(EXPERIMENT)/tokenize.yaml $(DATA)/mani
 saves/$(EXPERIMENT)/run.json: $(TOKENS)/made_of.json
 endif
 
+# NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR, MASTER_PORT, RDZV_ID, MIN_NNODES, MAX_NNODES and MAX_RESTARTS, given to
+# make or in the environment, reach llamafactory-cli as they are: docs/distributed.md
 train: saves/$(EXPERIMENT)/run.json ## train EXPERIMENT through llamafactory-cli; a killed run goes on
 
 saves/tiny_qwen2/config.json: $(DATA)/manifest.json | $(INSTALLED)
@@ -116,26 +126,30 @@ saves/tiny_qwen2/config.json: $(DATA)/manifest.json | $(INSTALLED)
 
 saves/%/run.json: factory_configs/%/train.yaml $(DATA)/manifest.json | $(INSTALLED)
 	$(MEDASST) train $< $(ARGS)
-	touch $@
+	touch -c $@
 
 saves/demo_base/run.json: saves/tiny_qwen2/config.json
 saves/demo/run.json: saves/demo_base/run.json
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 .PHONY: predict exam report eval
-predict: results/$(EXPERIMENT)/generated_predictions.jsonl ## answer the dialogue test set
+predict: results/$(EXPERIMENT)/generated_predictions.jsonl ## answer the dialogue test set (BACKEND=api API_BASE=URL: through an endpoint)
 exam: results/$(EXPERIMENT)/exam.json ## answer the exam questions (SHOTS=0 or 5)
 report: results/report.md ## write results/report.md and report.html (REPORT_LANG=zh)
 eval: results/report.md ## everything, from installation to report, for $(EXPERIMENTS)
 
-# a tuned model must be trained before it answers
-$(foreach name,$(TUNED),$(eval results/$(name)/generated_predictions.jsonl results/$(name)/exam.json: saves/$(name)/run.json))
+# a tuned model must be trained before it answers; one behind an endpoint is there already
+LOCAL_PREDICTIONS = $(if $(filter api,$(BACKEND)),,results/$(1)/generated_predictions.jsonl)
+$(foreach name,$(TUNED),$(eval $(call LOCAL_PREDICTIONS,$(name)) results/$(name)/exam.json: saves/$(name)/run.json))
 
+ifeq ($(BACKEND),api)
 results/%/generated_predictions.jsonl: factory_configs/%/predict.yaml $(DATA)/manifest.json | $(INSTALLED)
-	rm -rf $(@D)/.predicting
-	llamafactory-cli train $< output_dir=$(@D)/.predicting $(ARGS)
-	mv $(@D)/.predicting/predict_results.json $(@D)/.predicting/generated_predictions.jsonl $(@D)/
-	rm -r $(@D)/.predicting
+	$(MEDASST) predict $< --api-base $(API_BASE) $(API_ARGS)
+	rm -f $(@D)/predict_results.json  # of an earlier run through LLaMA-Factory
+else
+results/%/generated_predictions.jsonl: factory_configs/%/predict.yaml $(DATA)/manifest.json | $(INSTALLED)
+	$(MEDASST) generate $< $(ARGS)
+endif
 
 results/%/scores.json: results/%/generated_predictions.jsonl
 	$(MEDASST) score $< --out $@ --per-record $(@D)/per_record.jsonl --predict-config factory_configs/$*/predict.yaml
@@ -149,7 +163,7 @@ results/report.md: $(foreach name,$(EXPERIMENTS),results/$(name)/scores.json res
 	echo '$(REPORT_LANG)' > results/.lang
 
 # ---- in use ---------------------------------------------------------------------------------------------------------
-.PHONY: chat export
+.PHONY: chat api export
 # a model that is there is used as it is: asking it something trains nothing again
 TRAINED_IF_MISSING = $(if $(filter $(EXPERIMENT),$(TUNED)),$(if $(wildcard saves/$(EXPERIMENT)/run.json),,saves/$(EXPERIMENT)/run.json))
 export GRADIO_SERVER_NAME ?= 127.0.0.1
@@ -161,13 +175,22 @@ export GRADIO_NUM_PORTS ?= 1
 chat: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## the web chat on http://127.0.0.1:7860 (GRADIO_SERVER_PORT)
 	llamafactory-cli webchat factory_configs/$(EXPERIMENT)/chat.yaml $(ARGS)
 
+api: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## an OpenAI-style server on http://127.0.0.1:8000/v1 (API_PORT, API_KEY, API_HOST)
+	$(MEDASST) api factory_configs/$(EXPERIMENT)/chat.yaml $(API_ARGS) $(ARGS)
+
 export: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## merge the adapter into the base: saves/EXPERIMENT_merged
 	llamafactory-cli export factory_configs/$(EXPERIMENT)/export.yaml $(ARGS)
 
 # ---- the project itself ---------------------------------------------------------------------------------------------
-.PHONY: test lint format bench bench-score bench-data clean
+.PHONY: doctor test test-slow lint format bench bench-score bench-data bench-train bench-gpu clean
+doctor: $(INSTALLED) ## what this machine has and EXPERIMENT needs: versions, data, model, memory, disk, hours
+	$(MEDASST) doctor $(EXPERIMENT)
+
 test: $(INSTALLED) ## every test
 	$(BIN)/pytest $(ARGS)
+
+test-slow: $(INSTALLED) ## the long forms: ten kills of `make train`, two machines resumed, a worker that dies
+	$(BIN)/pytest -m slow $(ARGS)
 
 lint: $(INSTALLED) ## check style and that the rendered configs are what experiments.yaml says
 	$(BIN)/ruff check .
@@ -186,6 +209,12 @@ bench-score: $(INSTALLED) ## scores and exams against LLaMA-Factory's own way (A
 
 bench-data: $(INSTALLED) ## convert and audit at full size, against a floor and the usual ways (ARGS="--scale 0.1")
 	$(BIN)/python benchmarks/bench_data.py $(ARGS)
+
+bench-train: $(INSTALLED) ## padding against packing and like-length batches, tiny model (ARGS="--data-dir data/real")
+	$(BIN)/python benchmarks/bench_train.py $(ARGS)
+
+bench-gpu: $(INSTALLED) ## memory, speed and hours of Qwen2-7B's shape on this machine's GPU (ARGS="--cpu" for a tiny shape)
+	$(BIN)/python benchmarks/bench_gpu.py $(ARGS)
 
 clean: ## remove what runs made: data/demo, saves/, results/ (not data/raw, data/exams, data/full, .venv)
 	rm -rf data/demo saves results

@@ -11,6 +11,10 @@ import sys
 from medasst_tools.errors import CheckFailed, UserError
 
 VERBS = {
+    "doctor": (
+        "medasst_tools.doctor",
+        "versions, extras, GPU, disk, hub; what an experiment needs and whether it is here",
+    ),
     "convert": ("medasst_tools.convert", "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for"),
     "audit": (
         "medasst_tools.audit",
@@ -23,8 +27,17 @@ VERBS = {
     ),
     "tokenize": ("medasst_tools.tokenize_once", "a training set's tokens, made once for the runs on many GPUs"),
     "train": ("medasst_tools.train", "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished"),
+    "generate": (
+        "medasst_tools.generate",
+        "a predict.yaml through LLaMA-Factory, in parts of like length: resumed if killed",
+    ),
+    "predict": (
+        "medasst_tools.predict_through_api",
+        "the test sets through any OpenAI-style endpoint, many requests at once; a killed run goes on",
+    ),
     "score": ("medasst_tools.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
     "exam": ("medasst_tools.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
+    "api": ("medasst_tools.api", "LLaMA-Factory's OpenAI-style server behind checks and limits, on this machine only"),
     "compare": ("medasst_tools.compare", "two experiments on the same records: is one better, and how sure is that"),
     "report": ("medasst_tools.report", "everything in results/ beside the paper's tables"),
 }

@@ -1,6 +1,7 @@
 """Whole files or none: every output is written beside its place and moved there when it is complete."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -62,12 +63,17 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json",
 MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "*.safetensors")
 
 
+@functools.lru_cache(maxsize=1024)
+def _sha256_of_version(path: Path, _mtime_ns: int) -> str:
+    return sha256_of(path)  # gigabytes: once a process
+
+
 def model_sha256(folder: Path, patterns: tuple[str, ...] = MODEL_FILES) -> str | None:
     """Return one sha256 over a model's or adapter's config, tokenizer and weights; None if it is no folder (a hub id)."""
     if not folder.is_dir():
         return None
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    lines = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
+    lines = "".join(f"{path.name} {_sha256_of_version(path, path.stat().st_mtime_ns)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -1,0 +1,137 @@
+"""What this machine has, found without importing torch: GPUs and driver, memory, disk, packages against constraints.txt."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from medasst_tools.files import PROJECT_ROOT
+
+CONSTRAINTS = PROJECT_ROOT / "constraints.txt"
+# The oldest driver that a CUDA version's programs run on (NVIDIA's table of minor-version compatibility).
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+OTHER_ACCELERATORS = ("/dev/kfd", "/dev/davinci_manager", "/dev/dri/by-path")  # AMD, Ascend, Intel: seen, not judged
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class Gpu(NamedTuple):
+    """One card as nvidia-smi lists it; memory in bytes."""
+
+    name: str
+    memory: int
+    driver: str
+
+
+def gpus() -> list[Gpu]:
+    """Return the NVIDIA cards that CUDA_VISIBLE_DEVICES leaves; [] without nvidia-smi or without a card."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,uuid", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if listed.returncode != 0:
+        return []
+    rows = [
+        [field.strip() for field in line.split(",")] for line in listed.stdout.splitlines() if line.count(",") == 3
+    ]
+    cards = [(uuid, Gpu(name, _mebibytes(memory), driver)) for name, memory, driver, uuid in rows]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [card for _, card in cards]
+    kept = []
+    for word in visible.split(","):  # CUDA stops at the first that isn't there
+        found = [
+            card
+            for place, (uuid, card) in enumerate(cards)
+            if word.strip() == str(place) or (word.strip() and uuid.startswith(word.strip()))
+        ]
+        if not found:
+            break
+        kept += found[:1]
+    return kept
+
+
+def _mebibytes(text: str) -> int:
+    return int(text) << 20 if text.isdecimal() else 0
+
+
+def torch_build() -> tuple[str, str | None]:
+    """Return torch's version and the CUDA version that it was built for (None: without CUDA), read from its files."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "", None
+    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
+    version = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
+    cuda = re.search(r"^cuda: Optional\[str\] = '([^']+)'", text, re.MULTILINE)
+    return version.group(1) if version else "", cuda.group(1) if cuda else None
+
+
+def driver_problem(driver: str, cuda: str | None) -> str | None:
+    """Say why torch's CUDA build doesn't run on this driver, None if it does."""
+    if cuda is None:
+        return "this torch was built without CUDA; install the ordinary build: `make setup` in a fresh .venv"
+    major, oldest = driver.split(".")[0], OLDEST_DRIVER.get(int(cuda.split(".")[0]))
+    if oldest and major.isdecimal() and int(major) < oldest:
+        return f"driver {driver} is older than {oldest}, which torch's CUDA {cuda} needs; update the driver"
+    return None
+
+
+def available_memory() -> int:
+    """Return the bytes that a process can still have: free or reclaimable, within a container's limit."""
+    available = psutil.virtual_memory().available
+    for path in CGROUP_LIMITS:
+        try:
+            limit = int(Path(path).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        available = min(available, limit)
+    return available
+
+
+def free_disk(path: Path) -> int:
+    """Return the bytes free where `path` is or would be made."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def installed(package: str) -> str | None:
+    """Return an installed package's version, None if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def differing_packages(constraints: Path = CONSTRAINTS) -> list[str]:
+    """Return a line for each package that constraints.txt pins, that is installed, and in another version."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    there = {canonicalize_name(d.metadata["Name"]): d.version for d in metadata.distributions()}
+    differing = []
+    for line in constraints.read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        version = there.get(canonicalize_name(pin.name))
+        if version and (pin.marker is None or pin.marker.evaluate()) and not pin.specifier.contains(version, True):
+            differing.append(f"{pin.name} {version} ({pin.specifier})")
+    return differing
+
+
+def missing_packages() -> list[str]:
+    """Return this project's own dependencies that aren't installed."""
+    from packaging.requirements import Requirement
+
+    wanted = [Requirement(line) for line in metadata.requires("medasst-tools") or ()]
+    return [r.name for r in wanted if (r.marker is None or r.marker.evaluate()) and installed(r.name) is None]
