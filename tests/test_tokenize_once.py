@@ -71,7 +71,7 @@ def launched(monkeypatch) -> list:
         commands.append(args)
         raise CheckFailed("started")
 
-    monkeypatch.setattr(train, "prepare_output_dir", refuse)
+    monkeypatch.setattr(train, "claim_output_dir", refuse)
     return commands
 
 
