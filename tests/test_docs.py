@@ -116,3 +116,15 @@ def test_the_paper_file_names_known_experiments_and_datasets():
     paper = yaml.safe_load((ROOT / "dataset_info/paper.yaml").read_text(encoding="utf-8"))
     named = [name for entry in [*paper["table_1"].values(), paper["table_1_test"]] for name in entry["datasets"]]
     assert sorted(named) == sorted(load_datasets()), json.dumps(named)
+
+
+@pytest.mark.parametrize("path", ["README.md", "README_zh.md", "docs/models.md", "docs/models_zh.md"])
+def test_every_experiment_is_in_the_tables_with_its_base(path):
+    rows = [line for line in (ROOT / path).read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    expected = set(EXPERIMENTS) - (set() if path.startswith("README") else {"demo", "demo_base"})
+    assert expected <= set(named)
+    for name in expected - {"demo", "demo_base"}:
+        config = yaml.safe_load((ROOT / f"factory_configs/{name}/chat.yaml").read_text(encoding="utf-8"))
+        row = next(row for row in rows if f"`{name}`" in row.split("|")[1])
+        assert f"`{config['model_name_or_path']}`" in row, name
