@@ -25,6 +25,8 @@ VERBS = {
     "score": ("medasst_tools.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
     "exam": ("medasst_tools.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
     "compare": ("medasst_tools.compare", "two experiments on the same records: is one better, and how sure is that"),
+    "chat": ("medasst_tools.chat", "LLaMA-Factory's chat page or terminal chat, with our notice and safe defaults"),
+    "export": ("medasst_tools.export", "an adapter merged into its base, with a model card and a checked Modelfile"),
     "report": ("medasst_tools.report", "everything in results/ beside the paper's tables"),
 }
 
