@@ -27,6 +27,7 @@ VERBS = {
     "compare": ("medasst_tools.compare", "two experiments on the same records: is one better, and how sure is that"),
     "chat": ("medasst_tools.chat", "LLaMA-Factory's chat page or terminal chat, with our notice and safe defaults"),
     "export": ("medasst_tools.export", "an adapter merged into its base, with a model card and a checked Modelfile"),
+    "safety": ("medasst_tools.safety", "what a model says to red flags, false premises, requests for prescriptions"),
     "report": ("medasst_tools.report", "everything in results/ beside the paper's tables"),
 }
 
