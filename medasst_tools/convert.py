@@ -10,12 +10,13 @@ read = kept + skipped + rejected. New files are made in a folder of their own an
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
 import shutil
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,16 @@ from medasst_tools.corpora import RULES, Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import sha256_of, write_json
 from medasst_tools.question_overlap import QuestionIndex, read_questions
-from medasst_tools.raw_files import MAX_RECORD_BYTES, Block, open_raw, read_blocks
+from medasst_tools.raw_files import (
+    MAX_RECORD_BYTES,
+    SPAN_BYTES,
+    Block,
+    Span,
+    open_raw,
+    read_blocks,
+    read_span,
+    spans_of,
+)
 from medasst_tools.raw_records import LAYOUTS, Skipped, Trimmed
 
 STAGING = ".converting"
@@ -35,6 +45,8 @@ OVERLONG_KEPT_BYTES = 4096  # of a record over MAX_RECORD_BYTES, for rejected/
 # to load when a later one isn't.
 TYPED_BYTES = 8 << 20
 NO_CLEANING = Cleaning()
+PIECES_AHEAD = 8  # of a raw file given to the workers, so that they don't wait for each other
+Piece = Span | list[Block]
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 
 
@@ -186,22 +198,24 @@ def convert_dataset(
     dropper: Dropper | None = None,
 ) -> dict[str, Any]:
     """Convert one raw file to `folder/<name>.jsonl` and `folder/rejected/<name>.jsonl`; return its manifest entry."""
-    output, layout = folder / f"{dataset.name}.jsonl", dataset.corpus.layout
+    output = folder / f"{dataset.name}.jsonl"
     read = kept = trimmed = 0
     skipped, rejected, masked = Counter(), Counter(), Counter()
-    first_history = None
+    first_history, digest = None, hashlib.sha256()
     with (
-        _sha256_alongside(path) as source_sha256,
+        _pool(workers, cleaning) as pool,
         output.open("wb") as out,
         (folder / "rejected" / output.name).open("wb") as bad,
     ):
-        for result in _results(path, layout, workers, dataset.name, cleaning):
+        source_sha256 = pool.submit(sha256_of, path)
+        for result in _results(dataset, path, folder, pool):
             if result.keys:
                 result = without_copies(result, dropper)
             if result.first_history and first_history is None:
                 place = out.tell()
                 first_history = slice(place + result.first_history.start, place + result.first_history.stop)
             out.write(result.output)
+            digest.update(result.output)
             for line, reason, raw in result.rejected:
                 bad.write(_rejected_line(line, reason, raw))
             read, kept, trimmed = read + result.read, kept + result.kept, trimmed + result.trimmed
@@ -212,7 +226,7 @@ def convert_dataset(
     if moved:
         _move_to_top(output, first_history)
     entry = {"read": read, "kept": kept, "skipped": dict(skipped), "rejected": dict(rejected)}
-    entry |= {"sha256": sha256_of(output), "bytes": output.stat().st_size}
+    entry |= {"sha256": sha256_of(output) if moved else digest.hexdigest(), "bytes": output.stat().st_size}
     entry |= {"paper": dataset.paper, "published": dataset.published}
     entry["difference_from_paper"] = None if dataset.paper is None else kept - dataset.paper
     entry |= {
@@ -223,7 +237,7 @@ def convert_dataset(
     entry["variant"] = cleaning.names()
     if cleaning.mask_personal_data:
         entry["masked"] = dict(masked)
-    entry["source"] = {"file": f"{dataset.corpus.name}/{path.name}", "sha256": source_sha256()}
+    entry["source"] = {"file": f"{dataset.corpus.name}/{path.name}", "sha256": source_sha256.result()}
     return entry
 
 
@@ -242,34 +256,91 @@ def without_copies(result: BlockResult, dropper: Dropper) -> BlockResult:
     return result._replace(output=b"".join(output), kept=len(output), skipped=skipped, first_history=first_history)
 
 
-def _results(path: Path, layout: str, workers: int, name: str, cleaning: Cleaning) -> Iterator[BlockResult]:
-    """Yield each block's result in order, with a progress bar in bytes of the raw file."""
+def _pool(workers: int, cleaning: Cleaning) -> Executor:
+    """Return what else works beside this process: a thread that hashes the raw file, or processes that also convert."""
+    if workers == 1:
+        _set_cleaning(cleaning)
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(workers, initializer=_set_cleaning, initargs=(cleaning,))
+
+
+def _results(dataset: Dataset, path: Path, folder: Path, pool: Executor) -> Iterator[BlockResult]:
+    """Yield what each piece of the raw file gave, in order, with a progress bar in bytes of the raw file."""
     from tqdm import tqdm
 
     tell: list = []
     with (
         open_raw(path, tell) as stream,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=name, disable=None) as bar,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=dataset.name, disable=None) as bar,
     ):
-        for result in _convert_blocks(read_blocks(stream, layout), layout, workers, cleaning):
+        spans, read = spans_of(path, stream, dataset.corpus.layout), 0
+        pieces = spans or _grouped(read_blocks(stream, dataset.corpus.layout))
+        for piece, result in _convert_pieces(pieces, dataset, folder, pool):
+            if (
+                spans and result.rejected
+            ):  # a span's lines are numbered from 1 in each block; each line is a record read
+                result = result._replace(rejected=[(read + line, *rest) for line, *rest in result.rejected])
+            read += result.read
             yield result
-            bar.update(tell[0].tell() - bar.n)
+            bar.update((piece.end if spans else tell[0].tell()) - bar.n)
 
 
-def _convert_blocks(blocks: Iterable[Block], layout: str, workers: int, cleaning: Cleaning) -> Iterator[BlockResult]:
-    if workers == 1:
-        _set_cleaning(cleaning)
-        for block in blocks:
-            yield convert_block(block, layout)
+def _grouped(blocks: Iterator[Block]) -> Iterator[list[Block]]:
+    """Yield several blocks at a time, about as much as a span has: another process is worth its while then."""
+    group, size = [], 0
+    for block in blocks:
+        group.append(block)
+        size += sum(map(len, block.records))
+        if size >= SPAN_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _convert_pieces(
+    pieces: Iterable[Piece], dataset: Dataset, folder: Path, pool: Executor
+) -> Iterator[tuple[Piece, BlockResult]]:
+    """Yield each piece with its result; other processes leave their output in files, which costs less than sending it."""
+    layout = dataset.corpus.layout
+    if isinstance(pool, ThreadPoolExecutor):
+        for piece in pieces:
+            for block in _blocks_of(piece):
+                yield piece, convert_block(block, layout)
         return
-    with ProcessPoolExecutor(workers, initializer=_set_cleaning, initargs=(cleaning,)) as pool:
-        waiting: deque = deque()
-        for block in blocks:
-            waiting.append(pool.submit(convert_block, block, layout))
-            if len(waiting) > 2 * workers:  # enough to keep the workers busy, and no more in memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    waiting: deque = deque()
+    for number, piece in enumerate(pieces):
+        part = folder / f"{dataset.name}.{number}.part"
+        waiting.append((piece, part, pool.submit(convert_piece, piece, layout, part)))
+        if len(waiting) > PIECES_AHEAD:
+            yield from _finished(*waiting.popleft())
+    while waiting:
+        yield from _finished(*waiting.popleft())
+
+
+def _finished(piece: Piece, part: Path, future: Future) -> Iterator[tuple[Piece, BlockResult]]:
+    try:
+        results = future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed (out of memory?); try fewer --workers") from None
+    with part.open("rb") as outputs:
+        for size, result in results:
+            yield piece, result._replace(output=outputs.read(size))
+    part.unlink()
+
+
+def convert_piece(piece: Piece, layout: str, part: Path) -> list[tuple[int, BlockResult]]:
+    """Convert a piece of a raw file in a worker: the outputs go to `part`, their sizes and all else is returned."""
+    results = []
+    with part.open("wb") as outputs:
+        for block in _blocks_of(piece):
+            result = convert_block(block, layout)
+            results.append((outputs.write(result.output), result._replace(output=b"")))
+    return results
+
+
+def _blocks_of(piece: Piece) -> Iterable[Block]:
+    return read_span(piece) if isinstance(piece, Span) else piece
 
 
 _CLEANING = [NO_CLEANING]  # a worker's own, set once: an index of test questions is too large to send with every block
@@ -290,12 +361,8 @@ def convert_block(block: Block, layout: str) -> BlockResult:
             reason = f"longer than {MAX_RECORD_BYTES} bytes, its first {OVERLONG_KEPT_BYTES} are kept here"
             rejected.append((line, reason, raw[:OVERLONG_KEPT_BYTES]))
             continue
-        if not raw or raw.isspace():
-            skipped["blank line"] += 1
-            continue
         record = read(raw)
         if isinstance(record, dict):
-            trimmed += isinstance(record, Trimmed)
             if cleans:
                 prepared = prepare(record, cleaning)
                 masked.update(prepared.masked)
@@ -309,8 +376,12 @@ def convert_block(block: Block, layout: str) -> BlockResult:
                 start = sum(map(len, output))
                 first_history = slice(start, start + len(dumps(record)) + 1)
             output.append(dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+            if type(record) is Trimmed:
+                trimmed += 1
         elif isinstance(record, Skipped):
             skipped[str(record)] += 1
+        elif not raw or raw.isspace():
+            skipped["blank line"] += 1
         else:
             rejected.append((line, str(record), raw))
     return BlockResult(
@@ -340,20 +411,6 @@ def _move_to_top(path: Path, place: slice) -> None:
         source.seek(place.stop)
         shutil.copyfileobj(source, target, 1 << 20)
     moved.replace(path)
-
-
-@contextlib.contextmanager
-def _sha256_alongside(path: Path) -> Iterator[Any]:
-    """Hash the raw file in a thread while it is converted (hashlib frees the interpreter); yields the waiting getter."""
-    digest: list[str] = []
-    thread = threading.Thread(target=lambda: digest.append(sha256_of(path)), daemon=True)
-    thread.start()
-
-    def wait() -> str:
-        thread.join()
-        return digest[0]
-
-    yield wait
 
 
 def publish(staging: Path, out_dir: Path, entries: dict[str, Any], keep_others: bool) -> None:

@@ -43,19 +43,16 @@ def clean(text: str) -> str:
 def _text(record: dict[str, Any], key: str) -> str:
     """Return a required text field, cleaned."""
     value = record.get(key)
+    if type(value) is str and (text := clean(value)):
+        return text
     if value is None:
         raise _Unusable(f"no {key}")
-    if not isinstance(value, str):
-        raise _Unusable(f"{key} is not text")
-    value = clean(value)
-    if not value:
-        raise _Unusable(f"empty {key}")
-    return value
+    raise _Unusable(f"empty {key}" if isinstance(value, str) else f"{key} is not text")
 
 
 def _input(record: dict[str, Any]) -> str:
     value = record.get("input")
-    if value is None:
+    if not value and (value is None or value == ""):
         return ""
     if not isinstance(value, str):
         raise _Unusable("input is not text")
