@@ -11,6 +11,7 @@ import sys
 from medasst_tools.errors import CheckFailed, UserError
 
 VERBS = {
+    "download": ("medasst_tools.download", "corpora, exams or models from ModelScope or Hugging Face"),
     "convert": ("medasst_tools.convert", "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for"),
     "audit": (
         "medasst_tools.audit",

@@ -9,7 +9,6 @@ read = kept + skipped + rejected. New files are made in a folder of their own an
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -25,7 +24,7 @@ import orjson
 from medasst_tools.cleaner_variants import DUPLICATE, Cleaning, Dropper, prepare
 from medasst_tools.corpora import RULES, Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import sha256_of, write_json
+from medasst_tools.files import only_one_run, sha256_of, write_json
 from medasst_tools.question_overlap import QuestionIndex, read_questions
 from medasst_tools.raw_files import (
     MAX_RECORD_BYTES,
@@ -149,7 +148,8 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
         raise UserError(f"no dataset {unknown[0]!r}; there are {', '.join(known)}")
     if not raw_dir.is_dir():
         raise UserError(
-            f"no raw folder {raw_dir}; it must hold <corpus>/<file>, for example {raw_dir}/{_first_place(known)}"
+            f"no raw folder {raw_dir}: `medasst download` fetches it; it must hold <corpus>/<file>, "
+            f"for example {raw_dir}/{_first_place(known)}"
         )
     chosen, missing = {}, []
     for dataset in [known[name] for name in dict.fromkeys(names)] or known.values():
@@ -160,9 +160,11 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
         else:
             chosen[dataset] = path
     if names and missing:
-        raise UserError(f"no raw file: {'; '.join(missing)}")
+        raise UserError(
+            f"no raw file: {'; '.join(missing)}; `medasst download {' '.join(names)}` fetches what hubs have"
+        )
     if not chosen:
-        raise UserError(f"no raw file in {raw_dir}; for example {missing[0]}")
+        raise UserError(f"no raw file in {raw_dir}: `medasst download` fetches them; for example {missing[0]}")
     return chosen
 
 
@@ -176,11 +178,8 @@ def _locked(out_dir: Path) -> Iterator[Path]:
     """Yield an empty folder in out_dir for the new files; it goes at the end, however that comes. One run at a time."""
     out_dir.mkdir(parents=True, exist_ok=True)
     staging = out_dir / STAGING
-    with (out_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {out_dir}; wait for it or give another --out-dir") from None
+    busy = f"another run is writing {out_dir}; wait for it or give another --out-dir"
+    with only_one_run(out_dir / ".lock", busy):
         shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
         (staging / "rejected").mkdir(parents=True)
         try:
