@@ -4,8 +4,9 @@ Run: `make bench-data`, or `python benchmarks/bench_data.py --scale 0.1 --folder
 
 The corpora are made here, the same every time: as many records as the real ones have, as long on average, in the five raw
 layouts, of slices of the bundled samples' sentences. The floor is a loop that reads each line, parses it with orjson and
-writes it with orjson: less than that no conversion of JSON lines can do in Python. Memory is that of all processes
-together, pages that they share counted for each.
+writes it with orjson: less than that no conversion of JSON lines can do in Python. Memory is the peak of all processes
+together, a page that several share counted once (the proportional set size; on systems without it the resident one). What
+is compared takes turns, --repeat times, and the fastest turn of each counts: other work on the machine only slows down.
 """
 
 import argparse

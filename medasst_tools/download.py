@@ -4,8 +4,9 @@ Run: `medasst download`, or by name: a corpus, an exam, an experiment (its model
 `medasst download cmtmedqa ceval medasst --source modelscope`
 
 Corpora go to data/raw/<corpus>/, exams to data/exams/, models to the client's own cache, where LLaMA-Factory looks. The
-clients resume what was interrupted, and read mirrors and tokens from their own variables: HF_ENDPOINT, HF_TOKEN,
-MODELSCOPE_ENDPOINT (or MODELSCOPE_DOMAIN), MODELSCOPE_API_TOKEN. A file comes to its place when its size and sha256 are right.
+clients resume what was interrupted (a model from Hugging Face: file by file), and read mirrors and tokens from their own
+variables: HF_ENDPOINT, HF_TOKEN, MODELSCOPE_ENDPOINT (or MODELSCOPE_DOMAIN), MODELSCOPE_API_TOKEN. A file comes to its place
+when its size and sha256 are right.
 """
 
 import argparse
@@ -187,13 +188,24 @@ def fetch_file(file: Wanted, hub: str) -> None:
 
 
 def _file_from_huggingface(repository: str, name: str, folder: Path) -> dict[str, Any]:
-    """Fetch a data set's file into the folder; return what the hub says of it (bytes; sha256 of large files)."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    """Fetch a data set's file into the folder; return what the hub says of it (bytes; sha256 of large files).
+
+    With the client's http_get: its hf_hub_download begins a killed run's file again (since 1.x, see its _download_to_tmp_and_move).
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
 
     _refuse_offline()
-    facts = get_hf_file_metadata(hf_hub_url(repository, name, repo_type="dataset"))
-    hf_hub_download(repository, name, repo_type="dataset", local_dir=folder)
-    known = {"bytes": facts.size} if facts.size is not None else {}
+    url = hf_hub_url(repository, name, repo_type="dataset")
+    facts = get_hf_file_metadata(url)
+    part = folder / f"{name}.{facts.etag}.part"  # another version is another part
+    if part.exists() and facts.size is not None and part.stat().st_size > facts.size:
+        part.unlink()
+    with part.open("ab") as file:
+        http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=facts.size)
+    part.replace(folder / name)
+    known = {} if facts.size is None else {"bytes": facts.size}
     return known | ({"sha256": facts.etag} if re.fullmatch(r"[0-9a-f]{64}", facts.etag or "") else {})
 
 

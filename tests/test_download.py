@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from hub_server import Hub
 
 from medasst_tools import download
@@ -55,10 +54,6 @@ def run(hub: Hub, folder: Path, *words: str, **more: str) -> subprocess.Complete
 
 def mistakes(result: subprocess.CompletedProcess) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith("medasst download: error: ")]
-
-
-def registry(monkeypatch_folder: Path) -> Path:
-    return monkeypatch_folder
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
@@ -254,7 +249,6 @@ def test_what_the_registry_knows_is_used(tmp_path):
         assert dataset.corpus.known_files.keys() <= names
         for known in dataset.corpus.known_files.values():
             assert known and known.keys() <= {"bytes", "sha256", "elsewhere"}
-    assert yaml.safe_load(Path(download.CONFIGS_DIR / "experiments.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.real_data
