@@ -149,7 +149,7 @@ with open(sys.argv[2], encoding="utf-8") as source:
     records = json.load(source)
 kept = [{"instruction": r["instruction"].strip(), "input": "", "output": r["output"].strip(), "history": r["history"]} for r in records]
 with open(sys.argv[1], "w", encoding="utf-8") as target:
-    json.dump(kept, target, ensure_ascii=False)
+    json.dump(kept, target, ensure_ascii=False, indent=int(sys.argv[4]) if len(sys.argv) > 4 else None)
 """
 
 
@@ -238,20 +238,25 @@ def convert_against_the_floor(raw: Path, out: Path, convert: list[Any], repeat: 
 
 def convert_against_others(raw: Path, out: Path, convert: list[Any], repeat: int) -> None:
     """Convert against what people write instead, each over a corpus that it can read."""
-    for corpus, dataset, name, code in (
-        ("medchatzh/MedChatZH_train.json", "medchatzh_train", "datasets: load_dataset, map, to_json", DATASETS),
-        ("cmtmedqa/CMtMedQA.json", "cmtmedqa_train", "json.load, json.dump", JSON),
+    datasets, plain = "datasets: load_dataset, map, to_json", "json.load, json.dump"
+    indented = "json.load, json.dump(indent=2), as LLaMA-Factory's own data is written"
+    for corpus, dataset, others in (
+        ("medchatzh/MedChatZH_train.json", "medchatzh_train", {datasets: [DATASETS]}),
+        ("cmtmedqa/CMtMedQA.json", "cmtmedqa_train", {plain: [JSON], indented: [JSON, 2]}),
     ):
-        theirs = [sys.executable, "-c", code, out / "theirs.json", raw / corpus, out / "cache"]
-        ours = "medasst convert, 1 worker"
-        clear = [out / "data", out / "theirs.json", out / "cache"]
-        outcomes = take_turns({name: theirs, ours: [*convert, dataset]}, repeat, clear)
-        size = (raw / corpus).stat().st_size / 1e6
-        rows = [
-            (key, outcome, size, f"{outcomes[name].seconds / outcome.seconds:.1f}x")
-            for key, outcome in outcomes.items()
-        ]
-        print_table(f"{dataset}, {size:.0f} MB", "faster", rows)
+        places = [out / "theirs.json", raw / corpus, out / "cache"]
+        commands = {name: [sys.executable, "-c", code, *places, *more] for name, (code, *more) in others.items()}
+        for workers in (1, 2):
+            commands[f"medasst convert, {workers} worker{'s' * (workers > 1)}"] = [
+                *convert,
+                dataset,
+                "--workers",
+                workers,
+            ]
+        outcomes = take_turns(commands, repeat, [out / "data", out / "theirs.json", out / "cache"])
+        size, first = (raw / corpus).stat().st_size / 1e6, next(iter(outcomes.values()))
+        rows = [(name, outcome, size, f"{first.seconds / outcome.seconds:.1f}x") for name, outcome in outcomes.items()]
+        print_table(f"{dataset}, {size:.0f} MB", "times the first row's speed", rows)
 
 
 def audit(out: Path, medasst: list[Any], convert: list[Any]) -> None:

@@ -238,7 +238,7 @@ def _indented_elements(stream: BinaryIO, line: int, start: bytes) -> Iterator[Bl
 
 def _elements_of_part(part: bytes, line: int) -> Iterable[tuple[int, bytes]]:
     """Usually one; more where an element is indented otherwise than the first, as two are in CMtMedQA's test file."""
-    if not MAYBE_TWO_OBJECTS.search(part):
+    if part.count(b"}") < 2 or not MAYBE_TWO_OBJECTS.search(part):
         return [(line, part)]
     return [pair for block in _decoded_elements(io.BytesIO(part + b"]"), line) for pair in zip(*block, strict=True)]
 

@@ -74,7 +74,7 @@ def read_dialogue(record: Any) -> dict[str, Any]:
         raise _Unusable("history is not a list")
     pairs = []
     for pair in history:
-        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)):
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
             raise _Unusable("a history item is not a pair of texts")
         user, doctor = clean(pair[0]), clean(pair[1])
         if not user or not doctor:
@@ -117,7 +117,7 @@ def read_turns(record: Any) -> dict[str, Any]:
         raise _Unusable("no data" if turns is None else "data is not a list")
     texts = []
     for place, turn in enumerate(turns):
-        if not isinstance(turn, str):
+        if type(turn) is not str:
             raise _Unusable("a turn is not text")
         marker = MARKER.match(turn)
         if marker:
