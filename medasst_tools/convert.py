@@ -4,7 +4,8 @@ Run: `medasst convert --raw-dir data/raw --out-dir data/full [--workers 2]`; it 
 
 One raw record gives one Alpaca record, in order. What can't be used is in `rejected/`, and for each dataset
 read = kept + skipped + rejected. New files are made in a folder of their own and moved to their places at the end,
-`manifest.json` last: a killed or failed run leaves what was there.
+`manifest.json` last: a killed or failed run leaves what was there, and one that was killed while it moved them is finished
+by the next.
 """
 
 import argparse
@@ -180,12 +181,14 @@ def _locked(out_dir: Path) -> Iterator[Path]:
     staging = out_dir / STAGING
     busy = f"another run is writing {out_dir}; wait for it or give another --out-dir"
     with only_one_run(out_dir / ".lock", busy):
+        finish(staging, out_dir)
         shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
         (staging / "rejected").mkdir(parents=True)
         try:
             yield staging
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not (staging / "manifest.json").exists():
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def convert_dataset(
@@ -413,7 +416,7 @@ def _move_to_top(path: Path, place: slice) -> None:
 
 
 def publish(staging: Path, out_dir: Path, entries: dict[str, Any], keep_others: bool) -> None:
-    """Move the new files to their places, then write dataset_info.json and, last, manifest.json.
+    """Complete the staging folder with dataset_info.json and, last, manifest.json, and move all to its place.
 
     keep_others: entries of datasets that were not asked for stay, as long as their file is there.
     """
@@ -422,14 +425,24 @@ def publish(staging: Path, out_dir: Path, entries: dict[str, Any], keep_others: 
     if keep_others and manifest_path.is_file():
         earlier = json.loads(manifest_path.read_text(encoding="utf-8"))["datasets"]
         others = {name: entry for name, entry in earlier.items() if (out_dir / f"{name}.jsonl").is_file()}
-    manifest_path.unlink(missing_ok=True)  # while files are moved, none vouches for them
-    (out_dir / "rejected").mkdir(exist_ok=True)
-    for name in entries:
-        for file in (f"rejected/{name}.jsonl", f"{name}.jsonl"):
-            (staging / file).replace(out_dir / file)
     manifest = {name: (others | entries)[name] for name in known if name in others or name in entries}
-    write_json(out_dir / "dataset_info.json", {name: dataset_info(known[name]) for name in manifest})
-    write_json(manifest_path, {"datasets": manifest})
+    write_json(staging / "dataset_info.json", {name: dataset_info(known[name]) for name in manifest})
+    write_json(staging / "manifest.json", {"datasets": manifest})
+    finish(staging, out_dir)
+
+
+def finish(staging: Path, out_dir: Path) -> None:
+    """Move a complete staging folder's files to their places, manifest.json last; an incomplete one has none to move."""
+    manifest = staging / "manifest.json"
+    if not manifest.is_file():
+        return
+    (out_dir / "manifest.json").unlink(missing_ok=True)  # while files are moved, none vouches for them
+    (out_dir / "rejected").mkdir(exist_ok=True)
+    for file in sorted(staging.rglob("*.json*")):
+        if file != manifest:
+            file.replace(out_dir / file.relative_to(staging))
+    manifest.replace(out_dir / "manifest.json")
+    shutil.rmtree(staging)
 
 
 def dataset_info(dataset: Dataset) -> dict[str, Any]:

@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import orjson
+
 from medasst_tools.errors import UserError
 
 BLOCK_BYTES = 1 << 18  # what fits in a core's own cache: with 4 MiB convert takes a third more processor time
 SPAN_BYTES = 1 << 22
 MAX_RECORD_BYTES = 1 << 24  # the longest answer of the corpora has 6,608 characters; a longer "line" is damage
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more
-MAYBE_TWO_OBJECTS = re.compile(rb"\}\s*,\s*\{")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BOM = b"\xef\xbb\xbf"
 
@@ -237,10 +238,18 @@ def _indented_elements(stream: BinaryIO, line: int, start: bytes) -> Iterator[Bl
 
 
 def _elements_of_part(part: bytes, line: int) -> Iterable[tuple[int, bytes]]:
-    """Usually one; more where an element is indented otherwise than the first, as two are in CMtMedQA's test file."""
-    if part.count(b"}") < 2 or not MAYBE_TWO_OBJECTS.search(part):
+    """Usually one; more where an element isn't an object or is indented otherwise, as two are in CMtMedQA's test file."""
+    if (part.endswith(b"}") and part.count(b"}") == 1) or _is_json(part):
         return [(line, part)]
-    return [pair for block in _decoded_elements(io.BytesIO(part + b"]"), line) for pair in zip(*block, strict=True)]
+    return [pair for block in _decoded_elements(io.BytesIO(part), line) for pair in zip(*block, strict=True)]
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def _decoded_elements(stream: BinaryIO, line: int) -> Iterator[Block]:
