@@ -72,11 +72,15 @@ constraints: ## pin every package anew into constraints.txt, for all supported P
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade --no-emit-index-url --no-header --no-annotate pyproject.toml --output-file constraints.txt
 
 # ---- data and configs -----------------------------------------------------------------------------------------------
-.PHONY: data audit configs FORCE
+.PHONY: download data audit configs FORCE
 FORCE:
 # FORCE where a step's inputs are named otherwise than when its output was made
 one_word = x$(subst $(eval) ,_,$(strip $(1)))x
 changed = $(if $(filter-out $(call one_word,$(1)),$(call one_word,$(shell cat $(2) 2>/dev/null))),FORCE)
+
+# the demo's HF_HUB_OFFLINE=1 is not meant here; one from the environment is
+download: $(INSTALLED) ## fetch all corpora and exams into data/raw and data/exams (NAMES="cmtmedqa ceval medasst")
+	$(if $(filter file,$(origin HF_HUB_OFFLINE)),HF_HUB_OFFLINE=0) $(MEDASST) download $(NAMES)
 
 data: $(DATA)/manifest.json ## convert RAW into a LLaMA-Factory dataset_dir
 

@@ -15,6 +15,7 @@ VERBS = {
         "medasst_tools.doctor",
         "versions, extras, GPU, disk, hub; what an experiment needs and whether it is here",
     ),
+    "download": ("medasst_tools.download", "corpora, exams or models from ModelScope or Hugging Face"),
     "convert": ("medasst_tools.convert", "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for"),
     "audit": (
         "medasst_tools.audit",
