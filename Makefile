@@ -30,6 +30,9 @@ else
   MAX_REJECTS ?= 0.01
 endif
 ARGS ?=
+# what single experiments need: pyproject.toml's gpu, qlora, distributed
+EXTRAS ?=
+comma := ,
 # a cleaner variant of the data: --drop-overlap --drop-duplicates --mask-personal-data
 DATA_ARGS ?=
 SHOTS ?= 0
@@ -59,17 +62,17 @@ help: ## list the targets
 
 # ---- environment ----------------------------------------------------------------------------------------------------
 .PHONY: setup constraints
-setup: $(INSTALLED) ## install everything, pinned, into .venv
+setup: $(INSTALLED) ## install everything, pinned, into .venv (EXTRAS=gpu,qlora,distributed)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(if $(EXTRAS),FORCE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; try make PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt uv; }
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	touch $@
 
 constraints: ## pin every package anew into constraints.txt, for all supported Pythons
 	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade --no-emit-index-url --no-header --no-annotate pyproject.toml --output-file constraints.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-emit-index-url --no-header --no-annotate pyproject.toml --output-file constraints.txt
 
 # ---- data and configs -----------------------------------------------------------------------------------------------
 .PHONY: download data audit configs FORCE

@@ -108,7 +108,9 @@ def check_tokens(config: dict[str, Any], data: dict[str, str]) -> None:
         raise UserError(f"no tokens in {target}; {again} first")
     for part, values in wanted.items():
         if found.get(part) != values:
-            raise UserError(f"the tokens in {target} are of other {part}: {_difference(found.get(part), values)}; {again}")
+            raise UserError(
+                f"the tokens in {target} are of other {part}: {_difference(found.get(part), values)}; {again}"
+            )
 
 
 def _difference(found: Any, wanted: Any) -> str:

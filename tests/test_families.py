@@ -18,7 +18,7 @@ from medasst_tools.exam_questions import LETTERS, load_protocol, load_subjects
 
 ANSWER = "B，多休息。"
 QUESTIONS = [f"第{number}个问题：头痛怎么办？" for number in range(40)]
-SYSTEM = yaml.safe_load((ROOT / "factory_configs/experiments.yaml").read_text(encoding="utf-8"))["system_prompt"]
+SYSTEM = yaml.safe_load((ROOT / "factory_configs/medasst/chat.yaml").read_text(encoding="utf-8"))["default_system"]
 # what a tiny model on a CPU can't have as the experiment has it; everything else is the rendered config's
 TINY = {"preprocessing_num_workers": 1}
 TINY_TRAIN = TINY | {
@@ -204,9 +204,7 @@ def test_the_exported_model_is_the_tuned_one_with_its_template(ran):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    merged, tokenizer = (
-        kind.from_pretrained(ran.folder / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer)
-    )
+    merged, tokenizer = (kind.from_pretrained(ran.folder / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer))
     tuned, _, template = exam.load_model(ran.configs["chat"])
     messages = [{"role": "user", "content": QUESTIONS[2]}, {"role": "assistant", "content": ANSWER}]
     ids = torch.tensor([sum(template.encode_oneturn(tokenizer, messages), [])])
@@ -312,3 +310,26 @@ def test_medasst_fast_trains(fast):
     log = (Path(fast["output_dir"]) / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(log[-1])["current_steps"] == 3
     assert (Path(fast["output_dir"]) / "adapter_model.safetensors").is_file()
+
+
+# ---- medasst_qlora: the base in 4 bits -----------------------------------------------------------------------------------
+
+
+def test_medasst_qlora_learns_answers_and_merges(data, tmp_path):
+    """In 4 bits all the way, and merged into the base as it was; bitsandbytes has kernels for CPUs too."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: make setup EXTRAS=qlora")
+    from llamafactory.train.tuner import export_model, run_exp
+
+    build(FAMILIES["qwen2"], tmp_path / "base")
+    base = {"model_name_or_path": str(tmp_path / "base")}
+    adapter = base | {"adapter_name_or_path": str(tmp_path / "adapter")}
+    training = {"dataset_dir": str(data), "output_dir": str(tmp_path / "adapter"), "max_steps": 40}
+    run_exp(config_of("medasst_qlora", "train") | base | TINY_TRAIN | training)
+    predicting = {"dataset_dir": str(data), "output_dir": str(tmp_path / "predicted")}
+    run_exp(config_of("medasst_qlora", "predict") | adapter | TINY_PREDICT | predicting)
+    lines = (tmp_path / "predicted/generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["predict"] for line in lines] == [ANSWER] * 4
+    model, *_ = exam.load_model(config_of("medasst_qlora", "chat") | adapter)
+    assert model.is_loaded_in_4bit
+    export_model(config_of("medasst_qlora", "export") | adapter | {"export_dir": str(tmp_path / "merged")})
+    assert (tmp_path / "merged/model.safetensors").is_file()

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,24 +71,72 @@ def launched(monkeypatch) -> list:
         commands.append(args)
         raise CheckFailed("started")
 
-    monkeypatch.setattr(train, "prepare_output_dir", refuse)
+    monkeypatch.setattr(train, "claim_output_dir", refuse)
     return commands
 
 
-def test_training_from_tokens_is_the_same_training(made):
-    from llamafactory.train.tuner import run_exp
+def outcome(folder: Path):
+    """Return (losses, adapter weights) of a finished training."""
     from safetensors.numpy import load_file
 
+    log = (folder / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in log if '"loss"' in line], load_file(
+        folder / "adapter_model.safetensors"
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(made):
+    """Losses and weights of a training from the tokens, in one process, four records a step."""
+    from llamafactory.train.tuner import run_exp
+
     config = yaml.safe_load((made / "train.yaml").read_text(encoding="utf-8"))
-    weights, losses = [], []
-    for output, tokenized_path in (("with", config["tokenized_path"]), ("without", None)):
-        run_exp(config | {"output_dir": str(made / output), "tokenized_path": tokenized_path})
-        weights.append(load_file(made / output / "adapter_model.safetensors"))
-        log = (made / output / "trainer_log.jsonl").read_text(encoding="utf-8").splitlines()
-        losses.append([json.loads(line)["loss"] for line in log if "loss" in line])
-    assert losses[0] == losses[1] and len(losses[0]) == 4
-    assert weights[0].keys() == weights[1].keys()
-    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    run_exp(config | {"output_dir": str(made / "with"), "per_device_train_batch_size": 4})
+    return outcome(made / "with")
+
+
+def test_training_from_tokens_is_the_same_training(made, trained):
+    from llamafactory.train.tuner import run_exp
+
+    config = yaml.safe_load((made / "train.yaml").read_text(encoding="utf-8")) | {"tokenized_path": None}
+    run_exp(config | {"output_dir": str(made / "without"), "per_device_train_batch_size": 4})
+    losses, weights = outcome(made / "without")
+    assert losses == trained[0] and len(losses) == 4
+    assert weights.keys() == trained[1].keys()
+    assert all((weights[name] == trained[1][name]).all() for name in weights)
+
+
+@pytest.mark.parametrize("experiment", ["medasst_fsdp", "medasst_zero3"])
+def test_two_processes_that_share_the_model_train_the_same(made, trained, experiment):
+    """FSDP and ZeRO-3 really run, on CPUs with gloo, from the tokens: the single process's losses and adapter."""
+    import torch
+
+    if experiment == "medasst_zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is an extra: make setup EXTRAS=distributed")
+        if torch.cuda.is_available():
+            pytest.skip("DeepSpeed takes the GPU where there is one; this test is about CPUs")
+    config = config_of(experiment, "train") | yaml.safe_load((made / "train.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(made / experiment), "per_device_train_batch_size": 2}
+    if experiment == "medasst_zero3":
+        del config["use_cpu"]  # with it transformers doesn't start DeepSpeed's own process group
+    path = made / f"{experiment}.yaml"
+    path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    cpus = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    processes = {
+        "FORCE_TORCHRUN": "1",
+        "NPROC_PER_NODE": "2",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    run = subprocess.run(
+        ["llamafactory-cli", "train", str(path)], env=os.environ | cpus | processes, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:]
+    losses, weights = outcome(made / experiment)
+    assert losses == pytest.approx(trained[0], abs=1e-5)
+    assert weights.keys() == trained[1].keys()
+    for name, weight in weights.items():
+        assert weight == pytest.approx(trained[1][name], abs=1e-5)
 
 
 def test_a_second_run_makes_nothing_again(made, capsys, monkeypatch):
@@ -98,7 +149,11 @@ def test_a_second_run_makes_nothing_again(made, capsys, monkeypatch):
     ("spoil", "overrides", "message"),
     [
         (None, ["cutoff_len=256"], "of other settings: cutoff_len 512, now 256; run `make tokenize EXPERIMENT="),
-        (None, ["template=qwen3", "enable_thinking=false"], "enable_thinking None, now False, template qwen, now qwen3"),
+        (
+            None,
+            ["template=qwen3", "enable_thinking=false"],
+            "enable_thinking None, now False, template qwen, now qwen3",
+        ),
         (None, ["default_system=你好"], "now 你好"),
         (None, ["dataset=a_train"], "of other settings: dataset a_train,b_train, now a_train"),
         ("data/a_train.jsonl", [], "of other data: a_train "),
@@ -168,6 +223,6 @@ def test_the_folders_name_depends_on_what_the_tokens_depend_on():
     path = lambda name: render.tokenized_path(render.resolve(source, name))  # noqa: E731
     assert path("medasst_ddp") == path("medasst_zero3") == path("medasst_fsdp")  # one folder serves them all
     assert len({path(name) for name in ("medasst_ddp", "llama3_8b", "gemma_7b", "medasst_fast")}) == 4
-    before = path("medasst_ddp")
-    source["system_prompt"] = "另一句"
-    assert path("medasst_ddp") != before
+    changed = render.resolve(source, "medasst_ddp")
+    changed["dialogue"]["default_system"] = ["另一句", "why"]
+    assert render.tokenized_path(changed) != path("medasst_ddp")

@@ -98,9 +98,7 @@ def gemma_tokenizer(texts: list[str]):
 
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
     vocab, merges = sentencepiece_bpe(texts, special)
-    return GemmaTokenizer(
-        vocab=vocab, merges=merges, extra_special_tokens=special[-2:], model_max_length=POSITIONS
-    )
+    return GemmaTokenizer(vocab=vocab, merges=merges, extra_special_tokens=special[-2:], model_max_length=POSITIONS)
 
 
 def mistral_tokenizer(texts: list[str]):
@@ -113,9 +111,7 @@ def mistral_tokenizer(texts: list[str]):
 
 CHATML = "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
 FAMILIES = {
-    "qwen2": Family(
-        "medasst", "Qwen2Config", qwen2_tokenizer, CHATML, "<|im_end|>\n", {"<|im_end|>"}
-    ),
+    "qwen2": Family("medasst", "Qwen2Config", qwen2_tokenizer, CHATML, "<|im_end|>\n", {"<|im_end|>"}),
     "qwen3": Family(
         "medasst_qwen3_8b",
         "Qwen3Config",
