@@ -3,10 +3,13 @@
 import contextlib
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from safetensors.numpy import load_file
 
 from medasst_tools import launch
 from medasst_tools.errors import UserError
+from medasst_tools.files import sha256_of
 from medasst_tools.launch import Launch, agree_on_step, launchable, read_launch
 
 CPU = {"use_cpu": True}
@@ -139,7 +143,7 @@ def test_a_machine_that_does_not_come_is_named():
 
 # ---- really run -----------------------------------------------------------------------------------------------------
 SETTINGS = {
-    "dataset": "cmtmedqa_train,webmedqa_train", "cutoff_len": 64, "max_steps": 4, "save_steps": 2, "logging_steps": 1,
+    "dataset": "cmtmedqa_train,webmedqa_train", "cutoff_len": 64, "max_steps": 6, "save_steps": 2, "logging_steps": 1,
     "learning_rate": 1e-3, "warmup_steps": 1, "plot_loss": "false",
 }  # fmt: skip
 
@@ -201,7 +205,7 @@ def reference(forkserver, cluster, tmp_path_factory):
     """One process with the same records a step: {"batch 4": folder, "2 x 2": folder with two batches of 2 added up}."""
     folder = tmp_path_factory.mktemp("reference")
     config = yaml.safe_load((cluster / "factory_configs/demo/train.yaml").read_text(encoding="utf-8"))
-    config |= SETTINGS | {"plot_loss": False, "dataset_dir": str(cluster / "data/demo"), "max_steps": 8}
+    config |= SETTINGS | {"plot_loss": False, "dataset_dir": str(cluster / "data/demo")}
     config |= {"model_name_or_path": str(cluster / "saves/demo_base"), "preprocessing_num_workers": None}
     runs = {"batch 4": (4, 1), "2 x 2": (2, 2)}
     for name, (batch, accumulated) in runs.items():
@@ -252,15 +256,103 @@ def wait_for_all(nodes: list[subprocess.Popen], logs: Path) -> str:
 def test_two_machines_train_as_one_process_does(cluster, reference, tmp_path):
     """Two launches of `make train` on loopback, a shared folder, 2 records each a step; one process with the same 4."""
     shutil.rmtree(cluster / "saves/demo", ignore_errors=True)
-    settings = SETTINGS | {"per_device_train_batch_size": 2, "max_steps": 8}
+    settings = SETTINGS | {"per_device_train_batch_size": 2}
     with contextlib.ExitStack() as stack:
         said = wait_for_all(two_machines(cluster, tmp_path, settings, stack), tmp_path)
     assert "node 1 of 2, 1 process(es) each; a step takes 2 records a process, 4 in all" in said
     for name in reference:
-        assert_same_training(cluster / "saves/demo", reference[name], steps=8)
+        assert_same_training(cluster / "saves/demo", reference[name], steps=6)
     run = json.loads((cluster / "saves/demo/run.json").read_text())
-    assert (run["processes"], run["steps"], run["legs"]) == (2, 8, 1)
-    assert {path.name for path in (cluster / "saves/demo/checkpoint-8").glob("rng_state*")} == {
+    assert (run["processes"], run["steps"], run["legs"]) == (2, 6, 1)
+    assert {path.name for path in (cluster / "saves/demo/checkpoint-6").glob("rng_state*")} == {
         "rng_state_0.pth",
         "rng_state_1.pth",
     }
+
+
+def wait_for_checkpoint(folder: Path, step: int, processes: list[subprocess.Popen], log: Path) -> None:
+    while not (folder / f"checkpoint-{step}/trainer_state.json").is_file():
+        assert all(process.poll() is None for process in processes), log.read_text()[-4000:]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_two_machines_killed_go_on_from_the_last_whole_checkpoint(cluster, reference, tmp_path):
+    """Both killed after step 2 is saved; what is newest then is cut short."""
+    saves = cluster / "saves/demo"
+    shutil.rmtree(saves, ignore_errors=True)
+    settings = SETTINGS | {"per_device_train_batch_size": 2}
+    with contextlib.ExitStack() as stack:
+        nodes = two_machines(cluster, tmp_path, settings, stack)
+        wait_for_checkpoint(saves, 4, nodes, tmp_path / "node0.log")
+    newest = max(saves.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    (newest / "rng_state_1.pth").unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        said = wait_for_all(two_machines(cluster, tmp_path, settings, stack), tmp_path)
+    before = int(newest.name.split("-")[1]) - 2
+    assert f"{newest.name} is damaged and skipped: it has 1 of 2 processes' random states" in said
+    assert f"saves/demo: going on from step {before}" in said
+    for name in reference:
+        assert_same_training(saves, reference[name], steps=6)
+    assert json.loads((saves / "run.json").read_text())["resumed_from"] == [before]
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_a_worker_that_dies_is_restarted_by_the_elastic_launch(cluster, reference, tmp_path):
+    """Two processes on one machine; one is killed after step 2 is saved, and the launch goes on without any help."""
+    saves, log = cluster / "saves/demo", tmp_path / "elastic.log"
+    shutil.rmtree(saves, ignore_errors=True)
+    settings = SETTINGS | {"per_device_train_batch_size": 2}
+    with started(
+        cluster, log, NPROC_PER_NODE="2", RDZV_ID="test", MAX_RESTARTS="3", MASTER_PORT=str(free_port()),
+        ARGS=words_of(settings),
+    ) as launched:  # fmt: skip
+        wait_for_checkpoint(saves, 2, [launched], log)
+        workers = [
+            child
+            for child in psutil.Process(launched.pid).children(recursive=True)
+            if "RANK" in child.environ() and "launcher.py" in " ".join(child.cmdline())
+        ]
+        assert len(workers) == 2
+        workers[1].kill()
+        assert launched.wait() == 0, log.read_text()[-6000:]
+    assert "Resuming training from" in log.read_text()
+    for name in reference:
+        assert_same_training(saves, reference[name], steps=6)
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_make_train_survives_ten_random_kills(tmp_path, monkeypatch):
+    """The demo through make, 200 of its 600 steps, with the whole group killed: in the start-up, or soon after a checkpoint."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    project = copy_project(tmp_path / "project")
+    run_make(project, "train", "EXPERIMENT=demo_base", "ARGS=max_steps=30 save_steps=30")
+    saves, arguments = project / "saves/demo", "ARGS=max_steps=200 save_steps=10"
+    run_make(project, "train", arguments)
+    whole = sha256_of(saves / "adapter_model.safetensors")
+    saves.rename(tmp_path / "whole")
+    dice, kills = random.Random(10), 0
+    for after_a_checkpoint in dice.sample([True] * 5 + [False] * 5, 10):
+        newest, delay = max(_steps(saves), default=0), dice.uniform(0, 0.5 if after_a_checkpoint else 25)
+        with started(project, tmp_path / f"kill{kills}.log", ARGS=arguments.removeprefix("ARGS=")) as launched:
+            while after_a_checkpoint and max(_steps(saves), default=0) <= newest and launched.poll() is None:
+                time.sleep(0.01)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launched.wait(delay)
+            kills += launched.poll() is None
+    said = run_make(project, "train", arguments).stdout
+    assert kills == 10
+    assert re.search(r"saves/demo: going on from step \d+", said)
+    assert sha256_of(saves / "adapter_model.safetensors") == whole
+    run = json.loads((saves / "run.json").read_text())
+    assert run["steps"] == 200 and run["legs"] > 5
+    assert "Nothing to be done" in run_make(project, "train", arguments).stdout
+    print(f"kills: {kills}, legs: {run['legs']}, resumed from {run['resumed_from']}, adapter {whole[:8]}")
+
+
+def _steps(folder: Path) -> list[int]:
+    found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
+    return [int(match[1]) for match in found if match]
