@@ -2,7 +2,6 @@
 
 import builtins
 import contextlib
-import os
 import re
 import socket
 import subprocess
@@ -31,12 +30,8 @@ def reference(project, evaluated):
     import yaml
     from llamafactory.chat import ChatModel
 
-    here = Path.cwd()
-    os.chdir(project)
-    try:
+    with contextlib.chdir(project):
         model = ChatModel(yaml.safe_load(Path(CHAT_CONFIG).read_text(encoding="utf-8")))
-    finally:
-        os.chdir(here)
     first, second = ({"role": "user", "content": question} for question in QUESTIONS)
     answer = model.chat([first])[0].response_text
     both = [first, {"role": "assistant", "content": answer}, second]
