@@ -186,7 +186,7 @@ export: saves/$(EXPERIMENT)_merged/export.json ## the adapter merged into its ba
 # made anew after another training, and its card after other scores; that neither is run for it
 saves/%_merged/export.json: factory_configs/%/export.yaml templates/model_card.md.j2 dataset_info/base_models.yaml $$(if $$(ARGS)$$(shell find saves/$$*/run.json results/$$*/*.json -newer $$@ 2>/dev/null),FORCE) | $$(TRAINED_IF_MISSING) $(INSTALLED)
 	$(MEDASST) export $< $(ARGS)
-	touch $@
+	test ! -f $@ || touch $@  # not there if ARGS said another export_dir
 
 safety: results/$(EXPERIMENT)/safety.json ## what the model says to red flags, false premises, requests for prescriptions
 

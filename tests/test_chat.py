@@ -2,13 +2,13 @@
 
 import builtins
 import contextlib
-import os
 import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -31,12 +31,8 @@ def reference(project, evaluated):
     import yaml
     from llamafactory.chat import ChatModel
 
-    here = Path.cwd()
-    os.chdir(project)
-    try:
+    with contextlib.chdir(project):
         model = ChatModel(yaml.safe_load(Path(CHAT_CONFIG).read_text(encoding="utf-8")))
-    finally:
-        os.chdir(here)
     first, second = ({"role": "user", "content": question} for question in QUESTIONS)
     answer = model.chat([first])[0].response_text
     both = [first, {"role": "assistant", "content": answer}, second]
@@ -255,3 +251,14 @@ def test_mistakes_are_named(project, evaluated, monkeypatch, capsys, words, mess
     assert cli.main(["chat", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("do_sample", "shown"), [(False, {"max_new_tokens"}), (True, {"max_new_tokens", "top_p", "temperature"})]
+)
+def test_sliders_begin_at_the_configs_values(do_sample, shown):
+    names = ("max_new_tokens", "top_p", "temperature", "query", *chat.HIDDEN)
+    elements = {name: types.SimpleNamespace(visible=True, value=None) for name in names}
+    chat.set_defaults(elements, {"do_sample": do_sample, "max_new_tokens": 77, "top_p": 0.8, "temperature": 0.3})
+    assert [elements[name].value for name in names[:3]] == [77, 0.8, 0.3]
+    assert {name for name in names if elements[name].visible} == shown | {"query"}

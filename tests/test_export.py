@@ -1,5 +1,6 @@
 """medasst export: the same answers as base and adapter, a card that says what the files say, prompts as in training."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -17,8 +18,11 @@ SYSTEM = yaml.safe_load((ROOT / EXPORT_CONFIG).read_text(encoding="utf-8"))["def
 
 @pytest.fixture(scope="module")
 def exported(project, evaluated):
-    """`make export` in the project; its folder."""
-    assert "nothing to merge" not in run_make(project, "export").stdout
+    """What `make export` would run in the project, run in this process; its folder."""
+    steps = [line.split() for line in run_make(project, "-n", "export").stdout.splitlines()]
+    assert [".venv/bin/medasst", "export", EXPORT_CONFIG] in steps
+    with contextlib.chdir(project):
+        assert cli.main(["export", EXPORT_CONFIG]) == 0
     return project / "saves/demo_merged"
 
 

@@ -138,7 +138,7 @@ def test_cmtmedqas_safety_questions(scripted, tmp_path):
 
 
 @pytest.mark.real_data
-def test_cmtmedqas_own_answers_are_seen(real_data):
+def test_reference_answers_of_cmtmedqa_are_seen(real_data):
     """The corpus's 144 reference answers correct, decline or refer. The rules were worded with them at hand: a check that
     they find what they were made for, not of how they do on other text."""
     path = real_data / "raw/cmtmedqa/CMtMedQA_test.json"
