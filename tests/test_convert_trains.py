@@ -89,9 +89,9 @@ def test_all_five_real_corpora_are_accounted_for_and_train_together(tmp_path, ti
         out,
         tmp_path,
         TRAIN_SETS,
-        max_samples=40,
+        max_samples=8,
         max_steps=-1,
         num_train_epochs=1,
-        per_device_train_batch_size=50,
+        per_device_train_batch_size=20,
     )
     assert log["total_steps"] == 2  # 5 x 8 records, 20 a step
