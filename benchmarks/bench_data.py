@@ -240,9 +240,9 @@ def convert_against_others(raw: Path, out: Path, convert: list[Any], repeat: int
     """Convert against what people write instead, each over a corpus that it can read."""
     datasets, plain = "datasets: load_dataset, map, to_json", "json.load, json.dump"
     indented = "json.load, json.dump(indent=2), as LLaMA-Factory's own data is written"
-    for corpus, dataset, others in (
-        ("medchatzh/MedChatZH_train.json", "medchatzh_train", {datasets: [DATASETS]}),
-        ("cmtmedqa/CMtMedQA.json", "cmtmedqa_train", {plain: [JSON], indented: [JSON, 2]}),
+    for corpus, dataset, others, turns in (
+        ("medchatzh/MedChatZH_train.json", "medchatzh_train", {datasets: [DATASETS]}, 1),  # minutes, and far off
+        ("cmtmedqa/CMtMedQA.json", "cmtmedqa_train", {plain: [JSON], indented: [JSON, 2]}, repeat),
     ):
         places = [out / "theirs.json", raw / corpus, out / "cache"]
         commands = {name: [sys.executable, "-c", code, *places, *more] for name, (code, *more) in others.items()}
@@ -253,7 +253,7 @@ def convert_against_others(raw: Path, out: Path, convert: list[Any], repeat: int
                 "--workers",
                 workers,
             ]
-        outcomes = take_turns(commands, repeat, [out / "data", out / "theirs.json", out / "cache"])
+        outcomes = take_turns(commands, turns, [out / "data", out / "theirs.json", out / "cache"])
         size, first = (raw / corpus).stat().st_size / 1e6, next(iter(outcomes.values()))
         rows = [(name, outcome, size, f"{first.seconds / outcome.seconds:.1f}x") for name, outcome in outcomes.items()]
         print_table(f"{dataset}, {size:.0f} MB", "times the first row's speed", rows)

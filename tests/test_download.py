@@ -37,7 +37,7 @@ def environment(hub: Hub, folder: Path, **more: str) -> dict[str, str]:
     return kept | {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1", "MODELSCOPE_ENDPOINT": hub.url,
         "MODELSCOPE_CACHE": str(folder / "ms"), "MODELSCOPE_HOME": str(folder / "ms_home"), "no_proxy": "127.0.0.1",
-        "DOWNLOAD_RETRY_TIMES": "1", "HOME": str(folder),
+        "DOWNLOAD_RETRY_TIMES": "1", "MODELSCOPE_REPO_TREE_PAGE_RETRY_MAX_DELAY_SECONDS": "1", "HOME": str(folder),
     } | more  # fmt: skip
 
 
