@@ -75,11 +75,15 @@ constraints: ## pin every package anew into constraints.txt, for all supported P
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-emit-index-url --no-header --no-annotate pyproject.toml --output-file constraints.txt
 
 # ---- data and configs -----------------------------------------------------------------------------------------------
-.PHONY: data audit configs FORCE
+.PHONY: download data audit configs FORCE
 FORCE:
 # FORCE where a step's inputs are named otherwise than when its output was made
 one_word = x$(subst $(eval) ,_,$(strip $(1)))x
 changed = $(if $(filter-out $(call one_word,$(1)),$(call one_word,$(shell cat $(2) 2>/dev/null))),FORCE)
+
+# the demo's HF_HUB_OFFLINE=1 is not meant here; one from the environment is
+download: $(INSTALLED) ## fetch all corpora and exams into data/raw and data/exams (NAMES="cmtmedqa ceval medasst")
+	$(if $(filter file,$(origin HF_HUB_OFFLINE)),HF_HUB_OFFLINE=0) $(MEDASST) download $(NAMES)
 
 data: $(DATA)/manifest.json ## convert RAW into a LLaMA-Factory dataset_dir
 
@@ -140,7 +144,7 @@ eval: results/report.md ## everything, from installation to report, for $(EXPERI
 
 # a tuned model must be trained before it answers; one behind an endpoint is there already
 LOCAL_PREDICTIONS = $(if $(filter api,$(BACKEND)),,results/$(1)/generated_predictions.jsonl)
-$(foreach name,$(TUNED),$(eval $(call LOCAL_PREDICTIONS,$(name)) results/$(name)/exam.json: saves/$(name)/run.json))
+$(foreach name,$(TUNED),$(eval $(call LOCAL_PREDICTIONS,$(name)) results/$(name)/exam.json results/$(name)/safety.json: saves/$(name)/run.json))
 
 ifeq ($(BACKEND),api)
 results/%/generated_predictions.jsonl: factory_configs/%/predict.yaml $(DATA)/manifest.json | $(INSTALLED)
@@ -158,31 +162,39 @@ results/%/exam.json: factory_configs/%/chat.yaml $(wildcard $(EXAMS)/* $(EXAMS)/
 	$(MEDASST) exam $< --exams-dir $(EXAMS) --out $(@D) --shots $(SHOTS)
 	echo '$(EXAMS) $(SHOTS)' > $(@D)/.exams
 
-results/report.md: $(foreach name,$(EXPERIMENTS),results/$(name)/scores.json results/$(name)/exam.json) $(wildcard templates/report*) dataset_info/paper.yaml $$(call changed,$(REPORT_LANG),results/.lang)
+results/report.md: $(foreach name,$(EXPERIMENTS),results/$(name)/scores.json results/$(name)/exam.json) $(wildcard results/*/safety.json templates/report*) dataset_info/paper.yaml $$(call changed,$(REPORT_LANG),results/.lang)
 	$(MEDASST) report --lang $(REPORT_LANG)
 	echo '$(REPORT_LANG)' > results/.lang
 
 # ---- in use ---------------------------------------------------------------------------------------------------------
-.PHONY: chat api export
+.PHONY: chat chat-cli api export safety
 # a model that is there is used as it is: asking it something trains nothing again
 TRAINED_IF_MISSING = $(if $(filter $(EXPERIMENT),$(TUNED)),$(if $(wildcard saves/$(EXPERIMENT)/run.json),,saves/$(EXPERIMENT)/run.json))
-export GRADIO_SERVER_NAME ?= 127.0.0.1
-export GRADIO_SERVER_PORT ?= 7860
-export GRADIO_ANALYTICS_ENABLED ?= False
-# without it a busy port silently becomes the next one
-export GRADIO_NUM_PORTS ?= 1
+CHAT_CONFIG := factory_configs/$(EXPERIMENT)/chat.yaml
 
-chat: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## the web chat on http://127.0.0.1:7860 (GRADIO_SERVER_PORT)
-	llamafactory-cli webchat factory_configs/$(EXPERIMENT)/chat.yaml $(ARGS)
+chat: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## the chat page on http://127.0.0.1:7860 (GRADIO_SERVER_PORT)
+	$(MEDASST) chat $(CHAT_CONFIG) $(ARGS)
+
+chat-cli: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## the same in the terminal
+	$(MEDASST) chat --terminal $(CHAT_CONFIG) $(ARGS)
 
 api: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## an OpenAI-style server on http://127.0.0.1:8000/v1 (API_PORT, API_KEY, API_HOST)
 	$(MEDASST) api factory_configs/$(EXPERIMENT)/chat.yaml $(API_ARGS) $(ARGS)
 
-export: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## merge the adapter into the base: saves/EXPERIMENT_merged
-	llamafactory-cli export factory_configs/$(EXPERIMENT)/export.yaml $(ARGS)
+export: saves/$(EXPERIMENT)_merged/export.json ## the adapter merged into its base, with a model card: saves/EXPERIMENT_merged
+
+# made anew after another training, and its card after other scores; that neither is run for it
+saves/%_merged/export.json: factory_configs/%/export.yaml templates/model_card.md.j2 dataset_info/base_models.yaml $$(if $$(ARGS)$$(shell find saves/$$*/run.json results/$$*/*.json -newer $$@ 2>/dev/null),FORCE) | $$(TRAINED_IF_MISSING) $(INSTALLED)
+	$(MEDASST) export $< $(ARGS)
+	test ! -f $@ || touch $@  # not there if ARGS said another export_dir
+
+safety: results/$(EXPERIMENT)/safety.json ## what the model says to red flags, false premises, requests for prescriptions
+
+results/%/safety.json: factory_configs/%/chat.yaml $(wildcard dataset_info/safety/*) | $(INSTALLED)
+	$(MEDASST) safety $< --out $(@D) $(SAFETY_ARGS)
 
 # ---- the project itself ---------------------------------------------------------------------------------------------
-.PHONY: doctor test test-slow lint format bench bench-score bench-data bench-train bench-gpu clean
+.PHONY: doctor test test-slow lint format screenshot bench bench-score bench-data bench-train bench-gpu clean
 doctor: $(INSTALLED) ## what this machine has and EXPERIMENT needs: versions, data, model, memory, disk, hours
 	$(MEDASST) doctor $(EXPERIMENT)
 
@@ -200,6 +212,9 @@ lint: $(INSTALLED) ## check style and that the rendered configs are what experim
 format: $(INSTALLED) ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+screenshot: saves/demo/run.json | $(INSTALLED) ## docs/chat.png anew: the chat page of the demo, in chromium
+	$(BIN)/python tests/chat_browser.py --out docs/chat.png
 
 bench: $(INSTALLED) ## time and memory of each step of `make eval` (ARGS="--with-setup RAW=... EXAMS=...")
 	$(BIN)/python benchmarks/bench_steps.py $(ARGS)

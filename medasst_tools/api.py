@@ -112,7 +112,7 @@ def build_app(
 
     try:
         chat_model = ChatModel(config)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a setting that it doesn't know, a model that isn't there
         raise UserError(f"LLaMA-Factory refuses the config: {' '.join(str(error).split())}") from None
     rules = prompt_rules(chat_model, name)
     chat_model.engine.model = StoppableModel(chat_model.engine.model)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import orjson
 import yaml
 
-from medasst_tools import __version__
+from medasst_tools import __version__, preflight
 from medasst_tools.errors import UserError
 from medasst_tools.exam_questions import (
     LETTERS,
@@ -142,6 +142,7 @@ def answer_rest(config, subjects: list[Subject], protocol, facts, answered: dict
     """Answer what isn't answered, keeping every batch in the partial file; return the new answers by key."""
     from tqdm import tqdm
 
+    preflight.require(config)
     model, tokenizer, template = load_model(config)
     letter_ids = [tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in LETTERS]
     new = {}

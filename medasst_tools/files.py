@@ -1,6 +1,7 @@
 """Whole files or none: every output is written beside its place and moved there when it is complete."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -51,6 +52,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON (Chinese as it is, two spaces, a final newline), whole or not at all."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def only_one_run(lock: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file while the block runs; UserError(busy) if another process holds it. A killed run holds nothing."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        yield
 
 
 def sha256_of(path: Path) -> str:

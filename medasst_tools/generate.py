@@ -8,7 +8,7 @@ LLaMA-Factory predicts in file order, pads each batch to its longest prompt, kee
 longest of all, and writes nothing until the last answer. So the records are sorted by length and cut into parts; each
 part is one LLaMA-Factory prediction with as many records a batch as the padded tokens that the config allows for its
 longest prompt, in a process that imports LLaMA-Factory once; finished parts stay. Greedy answers don't depend on the batch
-but for rounding: see docs/distributed.md.
+but for rounding (docs/runs.md).
 """
 
 import argparse

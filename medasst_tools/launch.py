@@ -84,6 +84,12 @@ def read_launch(variables: Mapping[str, str], config: dict[str, Any]) -> Launch:
     return Launch(nodes, rank, processes, elastic, address, environment, overrides)
 
 
+def child_environment(variables: Mapping[str, str], launch: Launch) -> dict[str, str]:
+    """Return the environment of llamafactory-cli, which reads an empty variable as a wrong number."""
+    kept = {key: value for key, value in variables.items() if key not in (*NUMBERS, "RDZV_ID") or value.strip()}
+    return kept | launch.environment
+
+
 def _number(key: str, text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise UserError(f"{key} is {text!r}, must be a whole number, {least} or more")

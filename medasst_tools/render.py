@@ -90,7 +90,7 @@ def render_all(experiments_yaml: Path) -> dict[Path, str]:
 
 
 def load_experiments(path: Path) -> dict[str, Any]:
-    """Return experiments.yaml as {"system_prompt": str, "experiments": {name: {...}}}; UserError if it isn't that."""
+    """Return experiments.yaml: {"system_prompt": {"version", "text"}, "experiments": {name: {...}}}; UserError if it isn't that."""
     try:
         source = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -100,6 +100,9 @@ def load_experiments(path: Path) -> dict[str, Any]:
     if not isinstance(source, dict) or set(source) != {"system_prompt", "experiments"}:
         got = sorted(source) if isinstance(source, dict) else type(source).__name__
         raise UserError(f"{path} must have just the keys system_prompt and experiments, got {got}")
+    prompt = source["system_prompt"]
+    if not (isinstance(prompt, dict) and set(prompt) == {"version", "text"} and isinstance(prompt["text"], str)):
+        raise UserError(f"{path}: system_prompt is {prompt!r}, must have just the keys version and text")
     return source
 
 
@@ -118,7 +121,9 @@ def resolve(source: dict[str, Any], name: str, seen: tuple[str, ...] = ()) -> di
         if isinstance(settings, dict):
             both = inherited.get(section, {}) | settings
             merged[section] = {key: setting for key, setting in both.items() if setting is not None}
-    merged["dialogue"].setdefault("default_system", [source["system_prompt"], "one for all experiments; paper silent"])
+    prompt = source["system_prompt"]
+    reason = f"system prompt v{prompt['version']}, one for all experiments; paper silent"
+    merged["dialogue"].setdefault("default_system", [prompt["text"], reason])
     _check(name, merged)
     return merged
 

@@ -88,6 +88,7 @@ def read_experiment(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "scores": read_json(results / "scores.json"),
         "exam": read_json(results / "exam.json"),
+        "safety": read_json(results / "safety.json"),
         "exam_rows": list(read_jsonl(exam_rows)) if exam_rows.is_file() else [],
         "run": read_json(saves / "run.json"),
         "losses": read_losses(saves / "trainer_log.jsonl"),

@@ -30,7 +30,7 @@ from medasst_tools import checkpoints, preflight
 from medasst_tools.checkpoints import read_json
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import PROJECT_ROOT, model_sha256, sha256_of, write_json
-from medasst_tools.launch import Launch, agree_on_step, launchable, read_launch
+from medasst_tools.launch import Launch, agree_on_step, child_environment, launchable, read_launch
 from medasst_tools.run_manifest import COMPLETE
 from medasst_tools.tokenize_once import check_tokens
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     if launch.rank and not config.get("save_on_each_node"):  # node 0 prepares the folder that they share, and writes
         step = agree_on_step(launch, lambda: checkpoints.whole_steps(output_dir))
         if step is None or not checkpoints.is_last_step(output_dir / f"checkpoint-{step}"):
-            launch_training(args, config, launch)
+            check_status(launch_training(args, config, launch))
         return
     with locked(output_dir) as lock:
         train(args, config, launch, inputs, lock)
@@ -84,7 +84,9 @@ def train(args: argparse.Namespace, config: dict[str, Any], launch: Launch, inpu
     """Bring the run in `output_dir` to its end, and write run.json."""
     output_dir = Path(config["output_dir"])
     note = claim_output_dir(output_dir, inputs)
-    step = agree_on_step(launch, lambda: checkpoints.whole_steps(output_dir, note.get("processes")))
+    # of several machines with a folder each, none holds the random states of all processes
+    processes = None if config.get("save_on_each_node") else note.get("processes")
+    step = agree_on_step(launch, lambda: checkpoints.whole_steps(output_dir, processes))
     note = start_leg(output_dir, inputs, note, step, launch.processes)
     last = output_dir / f"checkpoint-{step}"
     if step is not None and checkpoints.is_last_step(last):
@@ -97,11 +99,17 @@ def train(args: argparse.Namespace, config: dict[str, Any], launch: Launch, inpu
         status = launch_training(args, config, launch, lock)
         if status != 0:
             write_json(output_dir / STARTED, end_leg(note, output_dir, time.monotonic() - started))
-            raise CheckFailed(
-                f"llamafactory-cli train ended with status {status}; the same command goes on from the last checkpoint"
-            )
+        check_status(status)
     write_json(output_dir / COMPLETE, complete(output_dir, config, note))
     (output_dir / STARTED).unlink(missing_ok=True)
+
+
+def check_status(status: int) -> None:
+    """Raise CheckFailed if the training ended with an error, which it has printed."""
+    if status != 0:
+        raise CheckFailed(
+            f"llamafactory-cli train ended with status {status}; the same command goes on from the last checkpoint"
+        )
 
 
 REQUIRED = ("output_dir", "dataset", "dataset_dir", "model_name_or_path")
@@ -258,7 +266,7 @@ def launch_training(args: argparse.Namespace, config: dict[str, Any], launch: La
     with launchable(args.config, overrides, config, torchrun="FORCE_TORCHRUN" in launch.environment) as words:
         command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", *words]
         held = () if lock is None else (lock,)
-        child = subprocess.Popen(command, env=os.environ | launch.environment, pass_fds=held)
+        child = subprocess.Popen(command, env=child_environment(os.environ, launch), pass_fds=held)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             return child.wait()

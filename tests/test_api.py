@@ -21,6 +21,8 @@ import httpx
 import openai
 import pytest
 from conftest import ROOT, make_environment, run_make
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medasst_tools import api, api_guard, api_requests, cli
 from medasst_tools.api_guard import ApiGuard
@@ -365,6 +367,44 @@ def test_a_generation_that_fails_is_an_error_not_a_hanging_stream(served, answer
         assert error.value.code == "generation_failed"
 
 
+def test_an_app_that_fails_in_a_stream_is_an_error_too(served, answer, monkeypatch):
+    def fail(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(served.engine, "_stream_chat", fail)
+    with pytest.raises(openai.APIError, match="The server failed"):
+        text_of(served.ask(stream=True))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda values: st.lists(values) | st.dictionaries(st.text(), values),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*api_requests.ChatRequest.model_fields, *api_requests.NOT_SUPPORTED]), JSON))
+def test_any_json_is_a_request_or_is_refused(fields):
+    try:
+        request = api_requests.parse(json.dumps({"model": "tiny", "messages": QUESTION} | fields).encode())
+    except api_requests.Refused as refused:
+        assert refused.status == 400 and json.dumps(refused.body)
+    else:
+        assert request.messages and (request.max_tokens or 1) >= 1
+
+
+def test_marks_of_the_template_are_control_tokens_though_the_tokenizer_calls_them_ordinary():
+    """Gemma's; but not the blank lines that are tokens of their own there, too."""
+    from llamafactory.data.template import TEMPLATES
+
+    from medasst_tools.tiny_model import train_tokenizer
+
+    tokenizer = train_tokenizer(DOCUMENTS, 400)
+    tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>", "\n\n", "<table>"])
+    names = set(api_requests.control_tokens(tokenizer, TEMPLATES["gemma"]).values())
+    assert names == {"<start_of_turn>", "<end_of_turn>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+
+
 # ---- started ------------------------------------------------------------------------------------------------------
 CHAT_CONFIG = str(ROOT / "factory_configs/demo/chat.yaml")
 
@@ -399,16 +439,22 @@ def demo(project, evaluated, tmp_path_factory):
     """`make api` for real, in a copy of the project in which the demo is trained; {"folder", "base", "log"}."""
     folder = shutil.copytree(project, tmp_path_factory.mktemp("served") / "project", symlinks=True)
     log = folder.parent / "api.log"
-    environment = make_environment(folder) | {"API_PORT": "0", "API_KEY": KEY, "PYTHONUNBUFFERED": "1"}
+    environment = make_environment(folder) | {"API_PORT": "0", "API_KEY": KEY}
+    for name in ("API_HOST", "API_MODEL_NAME", "API_VERBOSE", "MAX_CONCURRENT"):  # the other server's
+        environment.pop(name, None)
     with log.open("w") as output:
         process = subprocess.Popen(
             ["make", "api"], cwd=folder, env=environment, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
-    while not (address := re.search(r"^(http://127\.0\.0\.1:\d+/v1) serves demo\.", log.read_text(), re.MULTILINE)):
-        if process.poll() is not None:
-            pytest.fail(f"make api ended:\n{log.read_text()[-6000:]}", pytrace=False)
+    address, until = None, time.monotonic() + 240
+    while not address:
+        if process.poll() is not None or time.monotonic() > until:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"make api does not serve the demo:\n{log.read_text()[-6000:]}", pytrace=False)
         time.sleep(0.2)
+        address = re.search(r"^(http://127\.0\.0\.1:\d+/v1) serves demo\.", log.read_text(), re.MULTILINE)
     yield {"folder": folder, "base": address[1], "log": log}
     os.killpg(process.pid, signal.SIGINT)
     process.wait(30)
@@ -435,6 +481,10 @@ def test_predict_through_the_server_gives_llamafactorys_answers(demo, monkeypatc
         del scores["predictions"]  # the file's sha256: its prompts are written otherwise
     assert our_scores == their_scores
     assert not (folder / "results/demo/predict_results.json").exists()  # of the run through LLaMA-Factory
+    plans = {backend: run_make(folder, "-n", "results/demo/scores.json", f"BACKEND={backend}", "-W", "factory_configs/demo/train.yaml").stdout for backend in ("api", "llamafactory")}  # fmt: skip
+    assert (
+        "medasst train" in plans["llamafactory"] and "medasst" not in plans["api"]
+    )  # what is served is there already
     log = demo["log"].read_text()
     assert log.count("POST /v1/chat/completions") >= len({row["prompt"] for row in ours})
     assert KEY not in log and not [row["prompt"] for row in ours if row["prompt"].split("user: ")[-1] in log]

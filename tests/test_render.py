@@ -29,7 +29,9 @@ PAPER = {
 
 def write_experiments(folder: Path, experiments: dict, **top) -> Path:
     path = folder / "experiments.yaml"
-    text = yaml.safe_dump({"system_prompt": "提示", "experiments": experiments} | top, allow_unicode=True)
+    text = yaml.safe_dump(
+        {"system_prompt": {"version": 1, "text": "提示"}, "experiments": experiments} | top, allow_unicode=True
+    )
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -250,7 +252,9 @@ def test_mistakes_are_named(tmp_path, experiments, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["experiments: [", "- a\n", "experiments: {}\n", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["experiments: [", "- a\n", "experiments: {}\n", "\xff", "experiments: {}\nsystem_prompt: text\n"]
+)
 def test_a_broken_yaml_is_one_line_and_status_2(tmp_path, capsys, text):
     (tmp_path / "experiments.yaml").write_bytes(text.encode("latin-1"))
     assert cli.main(["render", "--configs-dir", str(tmp_path)]) == 2
