@@ -43,6 +43,15 @@ TOKEN_SETTINGS = (
     "train_on_prompt",
     "val_size",
 )
+# ... as it does on these of the model's
+TOKENIZER_SETTINGS = (
+    "add_special_tokens",
+    "add_tokens",
+    "model_revision",
+    "new_special_tokens_config",
+    "split_special_tokens",
+    "use_fast_tokenizer",
+)
 # ... and those of LLaMA-Factory's data settings that change no token of the training set
 NO_TOKEN_SETTINGS = (
     "buffer_size",
@@ -58,6 +67,8 @@ NO_TOKEN_SETTINGS = (
     "streaming",
     "tokenized_path",
 )
+# what it takes beside them to make tokens; the rest of a train.yaml may need GPUs or extras that this machine hasn't got
+ACCESS = ("cache_dir", "hf_hub_token", "model_name_or_path", "ms_hub_token", "output_dir", "seed", "trust_remote_code")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
 def made_of(config: dict[str, Any], data: dict[str, str]) -> dict[str, Any]:
     """Return what the tokens depend on. data: sha256 of each dataset's file."""
     base = config["model_name_or_path"]
-    settings = {key: config[key] for key in TOKEN_SETTINGS if config.get(key) is not None}
+    settings = {key: config[key] for key in TOKEN_SETTINGS + TOKENIZER_SETTINGS if config.get(key) is not None}
     if {"val_size", "mix_strategy"} & settings.keys():  # they draw
         settings["seed"] = config.get("seed", 42)
     return {
@@ -126,7 +137,10 @@ def write_tokens(config: dict[str, Any], folder: Path) -> tuple[int, int]:
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    config = config | {"tokenized_path": str(folder), "do_train": False, "report_to": "none"}
+    config = {key: config.get(key) for key in TOKEN_SETTINGS + TOKENIZER_SETTINGS + NO_TOKEN_SETTINGS + ACCESS}
+    config = {key: value for key, value in config.items() if value is not None}
+    # use_cpu: one process that sees several GPUs is refused
+    config |= {"tokenized_path": str(folder), "do_train": False, "report_to": "none", "use_cpu": True}
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(config)
     tokenizer_module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data_args)

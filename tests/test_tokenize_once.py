@@ -178,6 +178,25 @@ def test_what_changes_no_token_needs_no_new_tokens(made, launched, overrides):
     assert len(launched) == 1
 
 
+def test_a_machine_with_four_gpus_and_no_extras_makes_them_too(project, monkeypatch):
+    """LLaMA-Factory refuses a single process that sees several GPUs, and DeepSpeed's settings without DeepSpeed."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    config = config_of("medasst_zero3", "train") | {
+        "model_name_or_path": str(project / "base"),
+        "dataset_dir": str(project / "data"),
+        "dataset": "a_train",
+        "tokenized_path": str(project / "other"),
+        "preprocessing_num_workers": 1,
+    }
+    path = project / "zero3.yaml"
+    path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    assert cli.main(["tokenize", str(path)]) == 0
+    assert json.loads((project / "other/made_of.json").read_text(encoding="utf-8"))["settings"]["dataset"] == "a_train"
+
+
 def test_other_data_makes_other_tokens_and_a_failure_keeps_the_old_ones(project, monkeypatch, capsys):
     from datasets import load_from_disk
 
