@@ -147,7 +147,7 @@ export: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## merge the adapter in
 	llamafactory-cli export factory_configs/$(EXPERIMENT)/export.yaml $(ARGS)
 
 # ---- the project itself ---------------------------------------------------------------------------------------------
-.PHONY: test test-slow lint format bench bench-score bench-data clean
+.PHONY: test test-slow lint format bench bench-score bench-data bench-predict clean
 test: $(INSTALLED) ## every test
 	$(BIN)/pytest $(ARGS)
 
@@ -171,6 +171,9 @@ bench-score: $(INSTALLED) ## scores and exams against LLaMA-Factory's own way (A
 
 bench-data: $(INSTALLED) ## convert and audit at full size, against a floor and the usual ways (ARGS="--scale 0.1")
 	$(BIN)/python benchmarks/bench_data.py $(ARGS)
+
+bench-predict: $(TRAINED_IF_MISSING) $(DATA)/manifest.json | $(INSTALLED) ## predict in parts against LLaMA-Factory's own order and batch
+	$(BIN)/python benchmarks/bench_predict.py factory_configs/$(EXPERIMENT)/predict.yaml $(ARGS)
 
 clean: ## remove what runs made: data/demo, saves/, results/ (not data/raw, data/exams, data/full, .venv)
 	rm -rf data/demo saves results
