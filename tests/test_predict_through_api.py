@@ -56,10 +56,10 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def answer(self, status: int, value: dict, **headers) -> None:
-        body = json.dumps(value).encode()
+        body = json.dumps(value).encode() if value else b"{]"
         with contextlib.suppress(OSError):  # a killed client
             self.send_response(status)
-            headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))} | headers
             for name, text in headers.items():
                 self.send_header(name, text)
             self.end_headers()
@@ -72,7 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         return allowed
 
     def do_GET(self):  # noqa: N802
-        if self.allowed():
+        if self.allowed() and self.server.models is None:
+            self.answer(200, "<html>", **{"Content-Type": "text/html"})
+        elif self.allowed():
             models = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
             self.answer(200, {"object": "list", "data": models})
 
@@ -98,6 +100,15 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(1.5)
         elif what == "drop":
             self.close_connection = True
+        elif what == "html":
+            self.answer(200, "<html>hello</html>", **{"Content-Type": "text/html"})
+        elif what == "no choices":
+            self.answer(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []})
+        elif what == "no content":
+            choice = {"index": 0, "message": {"role": "assistant", "content": None}, "finish_reason": "length"}
+            self.answer(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+        elif what == "no json":
+            self.answer(200, None, **{"Content-Length": "2"})
         elif what == 429:
             self.answer(429, {"error": {"message": "too many"}}, **{"Retry-After": "0.05"})
         elif what != 200:
@@ -235,6 +246,19 @@ def test_a_refused_record_costs_no_other(endpoint, data_dir, capsys):
     endpoint.requests.clear()
     assert cli.main(words(endpoint, data_dir, "--empty-if-refused")) == 0
     assert endpoint.requests == [] and [row["predict"] for row in rows(data_dir)].count("") == 1
+
+
+@pytest.mark.parametrize("what", ["html", "no choices", "no content", "no json"])
+def test_an_answer_without_text_is_refused(endpoint, data_dir, capsys, what):
+    endpoint.script = lambda question, attempt: what if question == "再问2" else 200
+    assert cli.main(words(endpoint, data_dir)) == 1
+    assert "b_test.jsonl, line 2: the answer holds no text" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_address_that_is_no_api(endpoint, data_dir, capsys):
+    endpoint.models = None
+    assert cli.main(words(endpoint, data_dir)) == 2
+    assert "lists no models: does --api-base end in /v1?" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_endpoint_that_breaks_down_keeps_the_answers(endpoint, data_dir, capsys, monkeypatch):
