@@ -188,10 +188,11 @@ saves/%_merged/export.json: factory_configs/%/export.yaml templates/model_card.m
 	$(MEDASST) export $< $(ARGS)
 	test ! -f $@ || touch $@  # not there if ARGS said another export_dir
 
-safety: results/$(EXPERIMENT)/safety.json ## what the model says to red flags, false premises, requests for prescriptions
+safety: results/$(EXPERIMENT)/safety.json ## what the model says to red flags, false premises... (SAFETY_ARGS="--set FILE")
 
-results/%/safety.json: factory_configs/%/chat.yaml $(wildcard dataset_info/safety/*) | $(INSTALLED)
+results/%/safety.json: factory_configs/%/chat.yaml $(wildcard dataset_info/safety/*) $$(call changed,$(SAFETY_ARGS),results/$$*/.safety) | $(INSTALLED)
 	$(MEDASST) safety $< --out $(@D) $(SAFETY_ARGS)
+	echo '$(SAFETY_ARGS)' > $(@D)/.safety
 
 # ---- the project itself ---------------------------------------------------------------------------------------------
 .PHONY: doctor test test-slow lint format screenshot bench bench-score bench-data bench-predict bench-train bench-gpu clean
