@@ -19,27 +19,26 @@ from medasst_tools.training_cost import ModelShape, base_config  # noqa: E402
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model and 24 records, of lengths from one sentence to more than cutoff_len, one with a history."""
+    """A model and 96 records, of lengths from one sentence to more than cutoff_len, one with a history."""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "data").mkdir()
     records = [
-        {"instruction": "头痛怎么办？" * (1 + n % 5), "input": "", "output": "建议休息。" * (1 + 7 * n)}
-        for n in range(24)
+        {"instruction": "头痛怎么办？" * (1 + n % 5), "input": "", "output": "建议休息。" * (1 + 7 * (n % 24))}
+        for n in range(96)
     ]
     records[5]["history"] = [["您好", "您好，请说。"]]
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (folder / "data/a_train.jsonl").write_text(text, encoding="utf-8")
-    assert bench_train.write_dataset(folder / "data", folder, 100) == 24
+    assert bench_train.write_dataset(folder / "data", folder, 200) == 96
     build_tiny_model(
         ["头痛怎么办？\n建议休息。您好，请说。"] * 9, folder / "model", vocab_size=300, hidden_size=32, layers=1
     )
     return folder
 
 
-def test_every_way_of_batching_trains_the_same_tokens(folder, monkeypatch, capsys):
+def test_every_way_of_batching_trains_the_same_tokens(folder, capsys):
     from medasst_tools.audit_tokens import load_encoder
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     legs = {name: [bench_train.run_leg(folder, name)] for name in bench_train.VARIANTS}
     paper, alike, packed = (legs[name][0] for name in bench_train.VARIANTS)
     config = bench_train.leg_config(folder, next(iter(bench_train.VARIANTS)))
@@ -49,12 +48,8 @@ def test_every_way_of_batching_trains_the_same_tokens(folder, monkeypatch, capsy
     assert paper.useful == alike.useful == sum(min(length, bench_train.CUTOFF) for length in tokens)
     cut = sum(length >= bench_train.CUTOFF for length in tokens)
     assert packed.useful == paper.useful - cut  # a packed record has one token less, LLaMA-Factory's own margin
-    assert paper.steps == alike.steps == 6 and packed.steps < 6
-    assert alike.padded < paper.padded and packed.padded % 512 == 0
-    ordered = sorted(
-        min(length, bench_train.CUTOFF) for length in tokens
-    )  # one batch after the other in order: no padding is less
-    assert alike.padded == sum(4 * -(-max(ordered[at : at + 4]) // 8) * 8 for at in range(0, 24, 4))
+    assert paper.steps == alike.steps == 24 and packed.steps == packed.padded / 1024
+    assert 1 < packed.padded / packed.useful < 1.2 and alike.padded < 0.9 * paper.padded
     bench_train.print_table(legs)
     table = capsys.readouterr().out
     assert f"limit: {paper.padded / paper.useful:.3f}" in table and table.count("\n| ") == 4
@@ -64,9 +59,9 @@ def test_lengths_are_the_stored_ones():
     import random
 
     generator = random.Random(1)
-    drawn = sorted(bench_gpu.length("answer", generator) for _ in range(4000))
-    for share, expected in zip(bench_gpu.SHARES[1:-2], bench_gpu.LENGTHS["answer"][1:-2], strict=True):
-        assert drawn[int(share * 4000)] == pytest.approx(expected, rel=0.1)
+    drawn = [bench_gpu.length("answer", generator) for _ in range(4000)]
+    for share, point in zip(bench_gpu.SHARES, bench_gpu.LENGTHS["answer"], strict=True):
+        assert sum(length <= point for length in drawn) / len(drawn) == pytest.approx(share, abs=0.02)
     records = bench_gpu.make_records(["头痛怎么办？建议休息。"], 5, 2)
     assert [len(record["output"]) for record in records[:2]] == [4000, 4000] and len(records) == 7
 
@@ -83,10 +78,9 @@ def test_the_random_model_is_whole_and_of_its_shape(tmp_path):
 
 
 @pytest.mark.parametrize("experiment", list(bench_gpu.CARDS)[1:])
-def test_the_variants_run_on_a_cpu(tmp_path, monkeypatch, experiment):
+def test_the_variants_run_on_a_cpu(tmp_path, experiment):
     if bench_gpu.missing(experiment, True):
         pytest.skip(bench_gpu.missing(experiment, True))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     config = base_config("Qwen/Qwen2-7B") | bench_gpu.TINY
     bench_gpu.write_inputs(tmp_path, 40, config, "cpu")
     measured = bench_gpu.run_leg(experiment, tmp_path, True, 1, None)
