@@ -30,9 +30,20 @@ else
   MAX_REJECTS ?= 0.01
 endif
 ARGS ?=
+# what single experiments need: pyproject.toml's gpu, qlora, distributed
+EXTRAS ?=
+comma := ,
 # a cleaner variant of the data: --drop-overlap --drop-duplicates --mask-personal-data
 DATA_ARGS ?=
 SHOTS ?= 0
+# who answers the test set: llamafactory here, or api, an OpenAI-style endpoint; the answers are the same, so that a change
+# of it makes nothing stale
+BACKEND ?= llamafactory
+API_BASE ?= http://127.0.0.1:8000/v1
+ifeq ($(filter $(BACKEND),llamafactory api),)
+  $(error BACKEND is '$(BACKEND)', must be llamafactory or api)
+endif
+API_ARGS ?=
 REPORT_LANG ?= en
 PYTHON ?= python3
 export USE_MODELSCOPE_HUB ?= 1
@@ -51,24 +62,28 @@ help: ## list the targets
 
 # ---- environment ----------------------------------------------------------------------------------------------------
 .PHONY: setup constraints
-setup: $(INSTALLED) ## install everything, pinned, into .venv
+setup: $(INSTALLED) ## install everything, pinned, into .venv (EXTRAS=gpu,qlora,distributed)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt $(if $(EXTRAS),FORCE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $$($(PYTHON) --version) is too old: Python 3.11 or newer is needed; try make PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt uv; }
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	touch $@
 
 constraints: ## pin every package anew into constraints.txt, for all supported Pythons
 	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --upgrade --no-emit-index-url --no-header --no-annotate pyproject.toml --output-file constraints.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-emit-index-url --no-header --no-annotate pyproject.toml --output-file constraints.txt
 
 # ---- data and configs -----------------------------------------------------------------------------------------------
-.PHONY: data audit configs FORCE
+.PHONY: download data audit configs FORCE
 FORCE:
 # FORCE where a step's inputs are named otherwise than when its output was made
 one_word = x$(subst $(eval) ,_,$(strip $(1)))x
 changed = $(if $(filter-out $(call one_word,$(1)),$(call one_word,$(shell cat $(2) 2>/dev/null))),FORCE)
+
+# the demo's HF_HUB_OFFLINE=1 is not meant here; one from the environment is
+download: $(INSTALLED) ## fetch all corpora and exams into data/raw and data/exams (NAMES="cmtmedqa ceval medasst")
+	$(if $(filter file,$(origin HF_HUB_OFFLINE)),HF_HUB_OFFLINE=0) $(MEDASST) download $(NAMES)
 
 data: $(DATA)/manifest.json ## convert RAW into a LLaMA-Factory dataset_dir
 
@@ -88,10 +103,26 @@ $(RENDERED): factory_configs/experiments.yaml $(wildcard templates/*.yaml.j2) | 
 	touch $@
 
 # render leaves an unchanged file alone, so only what a change reaches is stale
-$(foreach kind,train predict chat export,factory_configs/%/$(kind).yaml): | $(RENDERED) ;
+$(foreach kind,tokenize train predict chat export,factory_configs/%/$(kind).yaml): | $(RENDERED) ;
 
 # ---- training -------------------------------------------------------------------------------------------------------
-.PHONY: train
+.PHONY: tokenize train
+# where an experiment's training set is tokenised before the training; empty for most
+TOKENS := $(shell sed -n 's/^tokenized_path: \([^ ]*\).*/\1/p' factory_configs/$(EXPERIMENT)/tokenize.yaml 2>/dev/null)
+
+tokenize: $(if $(TOKENS),$(TOKENS)/made_of.json) ## make EXPERIMENT's tokens once, for a training on many GPUs
+	@$(if $(TOKENS),:,echo "make: $(EXPERIMENT) tokenises as it trains; its entry has no tokenize_once" >&2; exit 2)
+
+ifneq ($(TOKENS),)
+$(TOKENS)/made_of.json: factory_configs/$(EXPERIMENT)/tokenize.yaml $(DATA)/manifest.json | $(INSTALLED)
+	$(MEDASST) tokenize $< $(ARGS)
+	[ ! -e $@ ] || touch $@
+
+saves/$(EXPERIMENT)/run.json: $(TOKENS)/made_of.json
+endif
+
+# NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR, MASTER_PORT, RDZV_ID, MIN_NNODES, MAX_NNODES and MAX_RESTARTS, given to
+# make or in the environment, reach llamafactory-cli as they are: docs/distributed.md
 train: saves/$(EXPERIMENT)/run.json ## train EXPERIMENT through llamafactory-cli; a killed run goes on
 
 saves/tiny_qwen2/config.json: $(DATA)/manifest.json | $(INSTALLED)
@@ -99,26 +130,30 @@ saves/tiny_qwen2/config.json: $(DATA)/manifest.json | $(INSTALLED)
 
 saves/%/run.json: factory_configs/%/train.yaml $(DATA)/manifest.json | $(INSTALLED)
 	$(MEDASST) train $< $(ARGS)
-	touch $@
+	touch -c $@
 
 saves/demo_base/run.json: saves/tiny_qwen2/config.json
 saves/demo/run.json: saves/demo_base/run.json
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 .PHONY: predict exam report eval
-predict: results/$(EXPERIMENT)/generated_predictions.jsonl ## answer the dialogue test set
+predict: results/$(EXPERIMENT)/generated_predictions.jsonl ## answer the dialogue test set (BACKEND=api API_BASE=URL: through an endpoint)
 exam: results/$(EXPERIMENT)/exam.json ## answer the exam questions (SHOTS=0 or 5)
 report: results/report.md ## write results/report.md and report.html (REPORT_LANG=zh)
 eval: results/report.md ## everything, from installation to report, for $(EXPERIMENTS)
 
-# a tuned model must be trained before it answers
-$(foreach name,$(TUNED),$(eval results/$(name)/generated_predictions.jsonl results/$(name)/exam.json: saves/$(name)/run.json))
+# a tuned model must be trained before it answers; one behind an endpoint is there already
+LOCAL_PREDICTIONS = $(if $(filter api,$(BACKEND)),,results/$(1)/generated_predictions.jsonl)
+$(foreach name,$(TUNED),$(eval $(call LOCAL_PREDICTIONS,$(name)) results/$(name)/exam.json results/$(name)/safety.json: saves/$(name)/run.json))
 
+ifeq ($(BACKEND),api)
 results/%/generated_predictions.jsonl: factory_configs/%/predict.yaml $(DATA)/manifest.json | $(INSTALLED)
-	rm -rf $(@D)/.predicting
-	llamafactory-cli train $< output_dir=$(@D)/.predicting $(ARGS)
-	mv $(@D)/.predicting/predict_results.json $(@D)/.predicting/generated_predictions.jsonl $(@D)/
-	rm -r $(@D)/.predicting
+	$(MEDASST) predict $< --api-base $(API_BASE) $(API_ARGS)
+	rm -f $(@D)/predict_results.json  # of an earlier run through LLaMA-Factory
+else
+results/%/generated_predictions.jsonl: factory_configs/%/predict.yaml $(DATA)/manifest.json | $(INSTALLED)
+	$(MEDASST) generate $< $(ARGS)
+endif
 
 results/%/scores.json: results/%/generated_predictions.jsonl
 	$(MEDASST) score $< --out $@ --per-record $(@D)/per_record.jsonl --predict-config factory_configs/$*/predict.yaml
@@ -127,33 +162,47 @@ results/%/exam.json: factory_configs/%/chat.yaml $(wildcard $(EXAMS)/* $(EXAMS)/
 	$(MEDASST) exam $< --exams-dir $(EXAMS) --out $(@D) --shots $(SHOTS)
 	echo '$(EXAMS) $(SHOTS)' > $(@D)/.exams
 
-results/report.md: $(foreach name,$(EXPERIMENTS),results/$(name)/scores.json results/$(name)/exam.json) $(wildcard templates/report*) dataset_info/paper.yaml $$(call changed,$(REPORT_LANG),results/.lang)
+results/report.md: $(foreach name,$(EXPERIMENTS),results/$(name)/scores.json results/$(name)/exam.json) $(wildcard results/*/safety.json templates/report*) dataset_info/paper.yaml $$(call changed,$(REPORT_LANG),results/.lang)
 	$(MEDASST) report --lang $(REPORT_LANG)
 	echo '$(REPORT_LANG)' > results/.lang
 
 # ---- in use ---------------------------------------------------------------------------------------------------------
-.PHONY: chat export
+.PHONY: chat chat-cli api export safety
 # a model that is there is used as it is: asking it something trains nothing again
 TRAINED_IF_MISSING = $(if $(filter $(EXPERIMENT),$(TUNED)),$(if $(wildcard saves/$(EXPERIMENT)/run.json),,saves/$(EXPERIMENT)/run.json))
-export GRADIO_SERVER_NAME ?= 127.0.0.1
-export GRADIO_SERVER_PORT ?= 7860
-export GRADIO_ANALYTICS_ENABLED ?= False
-# without it a busy port silently becomes the next one
-export GRADIO_NUM_PORTS ?= 1
+CHAT_CONFIG := factory_configs/$(EXPERIMENT)/chat.yaml
 
-chat: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## the web chat on http://127.0.0.1:7860 (GRADIO_SERVER_PORT)
-	llamafactory-cli webchat factory_configs/$(EXPERIMENT)/chat.yaml $(ARGS)
+chat: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## the chat page on http://127.0.0.1:7860 (GRADIO_SERVER_PORT)
+	$(MEDASST) chat $(CHAT_CONFIG) $(ARGS)
 
-export: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## merge the adapter into the base: saves/EXPERIMENT_merged
-	llamafactory-cli export factory_configs/$(EXPERIMENT)/export.yaml $(ARGS)
+chat-cli: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## the same in the terminal
+	$(MEDASST) chat --terminal $(CHAT_CONFIG) $(ARGS)
+
+api: $(TRAINED_IF_MISSING) | $(INSTALLED) $(RENDERED) ## an OpenAI-style server on http://127.0.0.1:8000/v1 (API_PORT, API_KEY, API_HOST)
+	$(MEDASST) api factory_configs/$(EXPERIMENT)/chat.yaml $(API_ARGS) $(ARGS)
+
+export: saves/$(EXPERIMENT)_merged/export.json ## the adapter merged into its base, with a model card: saves/EXPERIMENT_merged
+
+# made anew after another training, and its card after other scores; that neither is run for it
+saves/%_merged/export.json: factory_configs/%/export.yaml templates/model_card.md.j2 dataset_info/base_models.yaml $$(if $$(ARGS)$$(shell find saves/$$*/run.json results/$$*/*.json -newer $$@ 2>/dev/null),FORCE) | $$(TRAINED_IF_MISSING) $(INSTALLED)
+	$(MEDASST) export $< $(ARGS)
+	test ! -f $@ || touch $@  # not there if ARGS said another export_dir
+
+safety: results/$(EXPERIMENT)/safety.json ## what the model says to red flags, false premises, requests for prescriptions
+
+results/%/safety.json: factory_configs/%/chat.yaml $(wildcard dataset_info/safety/*) | $(INSTALLED)
+	$(MEDASST) safety $< --out $(@D) $(SAFETY_ARGS)
 
 # ---- the project itself ---------------------------------------------------------------------------------------------
-.PHONY: doctor test lint format bench bench-score bench-data bench-train bench-gpu clean
+.PHONY: doctor test test-slow lint format screenshot bench bench-score bench-data bench-train bench-gpu clean
 doctor: $(INSTALLED) ## what this machine has and EXPERIMENT needs: versions, data, model, memory, disk, hours
 	$(MEDASST) doctor $(EXPERIMENT)
 
 test: $(INSTALLED) ## every test
 	$(BIN)/pytest $(ARGS)
+
+test-slow: $(INSTALLED) ## the long forms: ten kills of `make train`, two machines resumed, a worker that dies
+	$(BIN)/pytest -m slow $(ARGS)
 
 lint: $(INSTALLED) ## check style and that the rendered configs are what experiments.yaml says
 	$(BIN)/ruff check .
@@ -163,6 +212,9 @@ lint: $(INSTALLED) ## check style and that the rendered configs are what experim
 format: $(INSTALLED) ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+screenshot: saves/demo/run.json | $(INSTALLED) ## docs/chat.png anew: the chat page of the demo, in chromium
+	$(BIN)/python tests/chat_browser.py --out docs/chat.png
 
 bench: $(INSTALLED) ## time and memory of each step of `make eval` (ARGS="--with-setup RAW=... EXAMS=...")
 	$(BIN)/python benchmarks/bench_steps.py $(ARGS)

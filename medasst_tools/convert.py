@@ -4,18 +4,19 @@ Run: `medasst convert --raw-dir data/raw --out-dir data/full [--workers 2]`; it 
 
 One raw record gives one Alpaca record, in order. What can't be used is in `rejected/`, and for each dataset
 read = kept + skipped + rejected. New files are made in a folder of their own and moved to their places at the end,
-`manifest.json` last: a killed or failed run leaves what was there.
+`manifest.json` last: a killed or failed run leaves what was there, and one that was killed while it moved them is finished
+by the next.
 """
 
 import argparse
 import contextlib
-import fcntl
+import hashlib
 import json
 import shutil
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,18 @@ import orjson
 from medasst_tools.cleaner_variants import DUPLICATE, Cleaning, Dropper, prepare
 from medasst_tools.corpora import RULES, Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import sha256_of, write_json
+from medasst_tools.files import only_one_run, sha256_of, write_json
 from medasst_tools.question_overlap import QuestionIndex, read_questions
-from medasst_tools.raw_files import MAX_RECORD_BYTES, Block, open_raw, read_blocks
+from medasst_tools.raw_files import (
+    MAX_RECORD_BYTES,
+    SPAN_BYTES,
+    Block,
+    Span,
+    open_raw,
+    read_blocks,
+    read_span,
+    spans_of,
+)
 from medasst_tools.raw_records import LAYOUTS, Skipped, Trimmed
 
 STAGING = ".converting"
@@ -35,6 +45,8 @@ OVERLONG_KEPT_BYTES = 4096  # of a record over MAX_RECORD_BYTES, for rejected/
 # to load when a later one isn't.
 TYPED_BYTES = 8 << 20
 NO_CLEANING = Cleaning()
+PIECES_AHEAD = 8  # of a raw file given to the workers, so that they don't wait for each other
+Piece = Span | list[Block]
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
 
 
@@ -137,7 +149,8 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
         raise UserError(f"no dataset {unknown[0]!r}; there are {', '.join(known)}")
     if not raw_dir.is_dir():
         raise UserError(
-            f"no raw folder {raw_dir}; it must hold <corpus>/<file>, for example {raw_dir}/{_first_place(known)}"
+            f"no raw folder {raw_dir}: `medasst download` fetches it; it must hold <corpus>/<file>, "
+            f"for example {raw_dir}/{_first_place(known)}"
         )
     chosen, missing = {}, []
     for dataset in [known[name] for name in dict.fromkeys(names)] or known.values():
@@ -148,9 +161,11 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
         else:
             chosen[dataset] = path
     if names and missing:
-        raise UserError(f"no raw file: {'; '.join(missing)}")
+        raise UserError(
+            f"no raw file: {'; '.join(missing)}; `medasst download {' '.join(names)}` fetches what hubs have"
+        )
     if not chosen:
-        raise UserError(f"no raw file in {raw_dir}; for example {missing[0]}")
+        raise UserError(f"no raw file in {raw_dir}: `medasst download` fetches them; for example {missing[0]}")
     return chosen
 
 
@@ -164,17 +179,16 @@ def _locked(out_dir: Path) -> Iterator[Path]:
     """Yield an empty folder in out_dir for the new files; it goes at the end, however that comes. One run at a time."""
     out_dir.mkdir(parents=True, exist_ok=True)
     staging = out_dir / STAGING
-    with (out_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {out_dir}; wait for it or give another --out-dir") from None
+    busy = f"another run is writing {out_dir}; wait for it or give another --out-dir"
+    with only_one_run(out_dir / ".lock", busy):
+        finish(staging, out_dir)
         shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
         (staging / "rejected").mkdir(parents=True)
         try:
             yield staging
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not (staging / "manifest.json").exists():
+                shutil.rmtree(staging, ignore_errors=True)
 
 
 def convert_dataset(
@@ -186,22 +200,24 @@ def convert_dataset(
     dropper: Dropper | None = None,
 ) -> dict[str, Any]:
     """Convert one raw file to `folder/<name>.jsonl` and `folder/rejected/<name>.jsonl`; return its manifest entry."""
-    output, layout = folder / f"{dataset.name}.jsonl", dataset.corpus.layout
+    output = folder / f"{dataset.name}.jsonl"
     read = kept = trimmed = 0
     skipped, rejected, masked = Counter(), Counter(), Counter()
-    first_history = None
+    first_history, digest = None, hashlib.sha256()
     with (
-        _sha256_alongside(path) as source_sha256,
+        _pool(workers, cleaning) as pool,
         output.open("wb") as out,
         (folder / "rejected" / output.name).open("wb") as bad,
     ):
-        for result in _results(path, layout, workers, dataset.name, cleaning):
+        source_sha256 = pool.submit(sha256_of, path)
+        for result in _results(dataset, path, folder, pool):
             if result.keys:
                 result = without_copies(result, dropper)
             if result.first_history and first_history is None:
                 place = out.tell()
                 first_history = slice(place + result.first_history.start, place + result.first_history.stop)
             out.write(result.output)
+            digest.update(result.output)
             for line, reason, raw in result.rejected:
                 bad.write(_rejected_line(line, reason, raw))
             read, kept, trimmed = read + result.read, kept + result.kept, trimmed + result.trimmed
@@ -212,7 +228,7 @@ def convert_dataset(
     if moved:
         _move_to_top(output, first_history)
     entry = {"read": read, "kept": kept, "skipped": dict(skipped), "rejected": dict(rejected)}
-    entry |= {"sha256": sha256_of(output), "bytes": output.stat().st_size}
+    entry |= {"sha256": sha256_of(output) if moved else digest.hexdigest(), "bytes": output.stat().st_size}
     entry |= {"paper": dataset.paper, "published": dataset.published}
     entry["difference_from_paper"] = None if dataset.paper is None else kept - dataset.paper
     entry |= {
@@ -223,7 +239,7 @@ def convert_dataset(
     entry["variant"] = cleaning.names()
     if cleaning.mask_personal_data:
         entry["masked"] = dict(masked)
-    entry["source"] = {"file": f"{dataset.corpus.name}/{path.name}", "sha256": source_sha256()}
+    entry["source"] = {"file": f"{dataset.corpus.name}/{path.name}", "sha256": source_sha256.result()}
     return entry
 
 
@@ -242,34 +258,91 @@ def without_copies(result: BlockResult, dropper: Dropper) -> BlockResult:
     return result._replace(output=b"".join(output), kept=len(output), skipped=skipped, first_history=first_history)
 
 
-def _results(path: Path, layout: str, workers: int, name: str, cleaning: Cleaning) -> Iterator[BlockResult]:
-    """Yield each block's result in order, with a progress bar in bytes of the raw file."""
+def _pool(workers: int, cleaning: Cleaning) -> Executor:
+    """Return what else works beside this process: a thread that hashes the raw file, or processes that also convert."""
+    if workers == 1:
+        _set_cleaning(cleaning)
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(workers, initializer=_set_cleaning, initargs=(cleaning,))
+
+
+def _results(dataset: Dataset, path: Path, folder: Path, pool: Executor) -> Iterator[BlockResult]:
+    """Yield what each piece of the raw file gave, in order, with a progress bar in bytes of the raw file."""
     from tqdm import tqdm
 
     tell: list = []
     with (
         open_raw(path, tell) as stream,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=name, disable=None) as bar,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=dataset.name, disable=None) as bar,
     ):
-        for result in _convert_blocks(read_blocks(stream, layout), layout, workers, cleaning):
+        spans, read = spans_of(path, stream, dataset.corpus.layout), 0
+        pieces = spans or _grouped(read_blocks(stream, dataset.corpus.layout))
+        for piece, result in _convert_pieces(pieces, dataset, folder, pool):
+            if (
+                spans and result.rejected
+            ):  # a span's lines are numbered from 1 in each block; each line is a record read
+                result = result._replace(rejected=[(read + line, *rest) for line, *rest in result.rejected])
+            read += result.read
             yield result
-            bar.update(tell[0].tell() - bar.n)
+            bar.update((piece.end if spans else tell[0].tell()) - bar.n)
 
 
-def _convert_blocks(blocks: Iterable[Block], layout: str, workers: int, cleaning: Cleaning) -> Iterator[BlockResult]:
-    if workers == 1:
-        _set_cleaning(cleaning)
-        for block in blocks:
-            yield convert_block(block, layout)
+def _grouped(blocks: Iterator[Block]) -> Iterator[list[Block]]:
+    """Yield several blocks at a time, about as much as a span has: another process is worth its while then."""
+    group, size = [], 0
+    for block in blocks:
+        group.append(block)
+        size += sum(map(len, block.records))
+        if size >= SPAN_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _convert_pieces(
+    pieces: Iterable[Piece], dataset: Dataset, folder: Path, pool: Executor
+) -> Iterator[tuple[Piece, BlockResult]]:
+    """Yield each piece with its result; other processes leave their output in files, which costs less than sending it."""
+    layout = dataset.corpus.layout
+    if isinstance(pool, ThreadPoolExecutor):
+        for piece in pieces:
+            for block in _blocks_of(piece):
+                yield piece, convert_block(block, layout)
         return
-    with ProcessPoolExecutor(workers, initializer=_set_cleaning, initargs=(cleaning,)) as pool:
-        waiting: deque = deque()
-        for block in blocks:
-            waiting.append(pool.submit(convert_block, block, layout))
-            if len(waiting) > 2 * workers:  # enough to keep the workers busy, and no more in memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    waiting: deque = deque()
+    for number, piece in enumerate(pieces):
+        part = folder / f"{dataset.name}.{number}.part"
+        waiting.append((piece, part, pool.submit(convert_piece, piece, layout, part)))
+        if len(waiting) > PIECES_AHEAD:
+            yield from _finished(*waiting.popleft())
+    while waiting:
+        yield from _finished(*waiting.popleft())
+
+
+def _finished(piece: Piece, part: Path, future: Future) -> Iterator[tuple[Piece, BlockResult]]:
+    try:
+        results = future.result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed (out of memory?); try fewer --workers") from None
+    with part.open("rb") as outputs:
+        for size, result in results:
+            yield piece, result._replace(output=outputs.read(size))
+    part.unlink()
+
+
+def convert_piece(piece: Piece, layout: str, part: Path) -> list[tuple[int, BlockResult]]:
+    """Convert a piece of a raw file in a worker: the outputs go to `part`, their sizes and all else is returned."""
+    results = []
+    with part.open("wb") as outputs:
+        for block in _blocks_of(piece):
+            result = convert_block(block, layout)
+            results.append((outputs.write(result.output), result._replace(output=b"")))
+    return results
+
+
+def _blocks_of(piece: Piece) -> Iterable[Block]:
+    return read_span(piece) if isinstance(piece, Span) else piece
 
 
 _CLEANING = [NO_CLEANING]  # a worker's own, set once: an index of test questions is too large to send with every block
@@ -290,12 +363,8 @@ def convert_block(block: Block, layout: str) -> BlockResult:
             reason = f"longer than {MAX_RECORD_BYTES} bytes, its first {OVERLONG_KEPT_BYTES} are kept here"
             rejected.append((line, reason, raw[:OVERLONG_KEPT_BYTES]))
             continue
-        if not raw or raw.isspace():
-            skipped["blank line"] += 1
-            continue
         record = read(raw)
         if isinstance(record, dict):
-            trimmed += isinstance(record, Trimmed)
             if cleans:
                 prepared = prepare(record, cleaning)
                 masked.update(prepared.masked)
@@ -309,8 +378,12 @@ def convert_block(block: Block, layout: str) -> BlockResult:
                 start = sum(map(len, output))
                 first_history = slice(start, start + len(dumps(record)) + 1)
             output.append(dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+            if type(record) is Trimmed:
+                trimmed += 1
         elif isinstance(record, Skipped):
             skipped[str(record)] += 1
+        elif not raw or raw.isspace():
+            skipped["blank line"] += 1
         else:
             rejected.append((line, str(record), raw))
     return BlockResult(
@@ -342,22 +415,8 @@ def _move_to_top(path: Path, place: slice) -> None:
     moved.replace(path)
 
 
-@contextlib.contextmanager
-def _sha256_alongside(path: Path) -> Iterator[Any]:
-    """Hash the raw file in a thread while it is converted (hashlib frees the interpreter); yields the waiting getter."""
-    digest: list[str] = []
-    thread = threading.Thread(target=lambda: digest.append(sha256_of(path)), daemon=True)
-    thread.start()
-
-    def wait() -> str:
-        thread.join()
-        return digest[0]
-
-    yield wait
-
-
 def publish(staging: Path, out_dir: Path, entries: dict[str, Any], keep_others: bool) -> None:
-    """Move the new files to their places, then write dataset_info.json and, last, manifest.json.
+    """Complete the staging folder with dataset_info.json and, last, manifest.json, and move all to its place.
 
     keep_others: entries of datasets that were not asked for stay, as long as their file is there.
     """
@@ -366,14 +425,24 @@ def publish(staging: Path, out_dir: Path, entries: dict[str, Any], keep_others: 
     if keep_others and manifest_path.is_file():
         earlier = json.loads(manifest_path.read_text(encoding="utf-8"))["datasets"]
         others = {name: entry for name, entry in earlier.items() if (out_dir / f"{name}.jsonl").is_file()}
-    manifest_path.unlink(missing_ok=True)  # while files are moved, none vouches for them
-    (out_dir / "rejected").mkdir(exist_ok=True)
-    for name in entries:
-        for file in (f"rejected/{name}.jsonl", f"{name}.jsonl"):
-            (staging / file).replace(out_dir / file)
     manifest = {name: (others | entries)[name] for name in known if name in others or name in entries}
-    write_json(out_dir / "dataset_info.json", {name: dataset_info(known[name]) for name in manifest})
-    write_json(manifest_path, {"datasets": manifest})
+    write_json(staging / "dataset_info.json", {name: dataset_info(known[name]) for name in manifest})
+    write_json(staging / "manifest.json", {"datasets": manifest})
+    finish(staging, out_dir)
+
+
+def finish(staging: Path, out_dir: Path) -> None:
+    """Move a complete staging folder's files to their places, manifest.json last; an incomplete one has none to move."""
+    manifest = staging / "manifest.json"
+    if not manifest.is_file():
+        return
+    (out_dir / "manifest.json").unlink(missing_ok=True)  # while files are moved, none vouches for them
+    (out_dir / "rejected").mkdir(exist_ok=True)
+    for file in sorted(staging.rglob("*.json*")):
+        if file != manifest:
+            file.replace(out_dir / file.relative_to(staging))
+    manifest.replace(out_dir / "manifest.json")
+    shutil.rmtree(staging)
 
 
 def dataset_info(dataset: Dataset) -> dict[str, Any]:

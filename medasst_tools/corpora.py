@@ -1,7 +1,8 @@
 """The corpora that the project knows: `dataset_info/corpora.yaml`, checked."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,6 +46,7 @@ class Corpus:
     layout: str
     multi_turn: bool
     rules: list[str]
+    known_files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def load_datasets(path: Path = REGISTRY) -> dict[str, Dataset]:

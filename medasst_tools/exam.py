@@ -31,6 +31,7 @@ from medasst_tools.exam_questions import (
     questions_sha256,
 )
 from medasst_tools.files import atomic_writer, model_sha256, sha256_of, write_json
+from medasst_tools.run_manifest import check_and_print
 
 BATCH_TOKENS = 8192  # padded tokens at once: a few hundred MB for a 7B model
 PARTIAL = ".exam.partial.jsonl"
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     subjects = load_subjects(args.exams_dir, protocol)
     config = load_chat_config(args.chat_config)
     facts = {
+        "run": check_and_print(config, args.chat_config),
         "chat_config": {"file": args.chat_config.as_posix(), "sha256": sha256_of(args.chat_config)},
         "model": {
             config[key]: model_sha256(Path(config[key]))

@@ -1,6 +1,8 @@
 """Whole files or none: every output is written beside its place and moved there when it is complete."""
 
 import contextlib
+import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -52,19 +54,38 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+@contextlib.contextmanager
+def only_one_run(lock: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file while the block runs; UserError(busy) if another process holds it. A killed run holds nothing."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        yield
+
+
 def sha256_of(path: Path) -> str:
     """Return the file's sha256 in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_sha256(folder: Path) -> str | None:
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json")
+MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "*.safetensors")
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256_of_version(path: Path, _mtime_ns: int) -> str:
+    return sha256_of(path)  # gigabytes: once a process
+
+
+def model_sha256(folder: Path, patterns: tuple[str, ...] = MODEL_FILES) -> str | None:
     """Return one sha256 over a model's or adapter's config, tokenizer and weights; None if it is no folder (a hub id)."""
     if not folder.is_dir():
         return None
-    patterns = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "*.safetensors")
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    lines = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
+    lines = "".join(f"{path.name} {_sha256_of_version(path, path.stat().st_mtime_ns)}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -43,19 +43,16 @@ def clean(text: str) -> str:
 def _text(record: dict[str, Any], key: str) -> str:
     """Return a required text field, cleaned."""
     value = record.get(key)
+    if type(value) is str and (text := clean(value)):
+        return text
     if value is None:
         raise _Unusable(f"no {key}")
-    if not isinstance(value, str):
-        raise _Unusable(f"{key} is not text")
-    value = clean(value)
-    if not value:
-        raise _Unusable(f"empty {key}")
-    return value
+    raise _Unusable(f"empty {key}" if isinstance(value, str) else f"{key} is not text")
 
 
 def _input(record: dict[str, Any]) -> str:
     value = record.get("input")
-    if value is None:
+    if not value and (value is None or value == ""):
         return ""
     if not isinstance(value, str):
         raise _Unusable("input is not text")
@@ -77,7 +74,7 @@ def read_dialogue(record: Any) -> dict[str, Any]:
         raise _Unusable("history is not a list")
     pairs = []
     for pair in history:
-        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)):
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
             raise _Unusable("a history item is not a pair of texts")
         user, doctor = clean(pair[0]), clean(pair[1])
         if not user or not doctor:
@@ -120,7 +117,7 @@ def read_turns(record: Any) -> dict[str, Any]:
         raise _Unusable("no data" if turns is None else "data is not a list")
     texts = []
     for place, turn in enumerate(turns):
-        if not isinstance(turn, str):
+        if type(turn) is not str:
             raise _Unusable("a turn is not text")
         marker = MARKER.match(turn)
         if marker:

@@ -7,6 +7,7 @@ because it would silently do nothing; LLaMA-Factory's parser refuses the setting
 """
 
 import argparse
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -20,10 +21,27 @@ from medasst_tools.files import PROJECT_ROOT, write_text
 
 CONFIGS_DIR = PROJECT_ROOT / "factory_configs"
 TEMPLATES_DIR = PROJECT_ROOT / "templates"
-KINDS = ("train", "predict", "chat", "export")
-FINETUNING = ("lora", "full", "none")
-PLAIN_KEYS = {"purpose", "finetuning", "dataset_dir", "train_dataset_dir"}
-SECTIONS = {"model", "dialogue", "method", "dataset", "train", "predict", "generate", "chat", "export"}
+KINDS = {  # finetuning: the configs that such an experiment has
+    "lora": ("train", "predict", "chat", "export"),
+    "full": ("train", "predict", "chat"),
+    "none": ("predict", "chat"),
+}
+# launch: environment variables in front of the command; tokenize_once: a tokenize.yaml before train.yaml
+PLAIN_KEYS = {"purpose", "finetuning", "dataset_dir", "train_dataset_dir", "huggingface_id", "launch", "tokenize_once"}
+SECTIONS = {
+    "model",
+    "quantization",
+    "dialogue",
+    "method",
+    "dataset",
+    "train",
+    "predict",
+    "generate",
+    "chat",
+    "export",
+}
+# how data is read, not what it is: no reason to tokenise again
+NO_PART_OF_TOKENS = {"preprocessing_num_workers"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +90,7 @@ def render_all(experiments_yaml: Path) -> dict[Path, str]:
 
 
 def load_experiments(path: Path) -> dict[str, Any]:
-    """Return experiments.yaml as {"system_prompt": str, "experiments": {name: {...}}}; UserError if it isn't that."""
+    """Return experiments.yaml: {"system_prompt": {"version", "text"}, "experiments": {name: {...}}}; UserError if it isn't that."""
     try:
         source = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -82,6 +100,9 @@ def load_experiments(path: Path) -> dict[str, Any]:
     if not isinstance(source, dict) or set(source) != {"system_prompt", "experiments"}:
         got = sorted(source) if isinstance(source, dict) else type(source).__name__
         raise UserError(f"{path} must have just the keys system_prompt and experiments, got {got}")
+    prompt = source["system_prompt"]
+    if not (isinstance(prompt, dict) and set(prompt) == {"version", "text"} and isinstance(prompt["text"], str)):
+        raise UserError(f"{path}: system_prompt is {prompt!r}, must have just the keys version and text")
     return source
 
 
@@ -100,7 +121,9 @@ def resolve(source: dict[str, Any], name: str, seen: tuple[str, ...] = ()) -> di
         if isinstance(settings, dict):
             both = inherited.get(section, {}) | settings
             merged[section] = {key: setting for key, setting in both.items() if setting is not None}
-    merged["dialogue"].setdefault("default_system", [source["system_prompt"], "one for all experiments; paper silent"])
+    prompt = source["system_prompt"]
+    reason = f"system prompt v{prompt['version']}, one for all experiments; paper silent"
+    merged["dialogue"].setdefault("default_system", [prompt["text"], reason])
     _check(name, merged)
     return merged
 
@@ -110,14 +133,18 @@ def _check(name: str, experiment: dict[str, Any]) -> None:
         raise UserError(
             f"{name}: unknown key {', '.join(sorted(unknown))}; known: {', '.join(sorted(PLAIN_KEYS | SECTIONS))}"
         )
-    if experiment.get("finetuning") not in FINETUNING:
-        raise UserError(
-            f"{name}: finetuning is {experiment.get('finetuning')!r}, must be one of {', '.join(FINETUNING)}"
-        )
+    if experiment.get("finetuning") not in KINDS:
+        raise UserError(f"{name}: finetuning is {experiment.get('finetuning')!r}, must be one of {', '.join(KINDS)}")
     for section in SECTIONS & experiment.keys():
-        for key, setting in experiment[section].items():
-            if not (isinstance(setting, list) and len(setting) == 2 and isinstance(setting[1], str)):
-                raise UserError(f"{name}: {section}.{key} is {setting!r}, must be [value, reason]")
+        _check_settings(f"{name}: {section}", experiment[section])
+
+
+def _check_settings(where: str, settings: dict[str, Any]) -> None:
+    for key, setting in settings.items():
+        if isinstance(setting, dict):
+            _check_settings(f"{where}.{key}", setting)
+        elif not (isinstance(setting, list) and len(setting) == 2 and isinstance(setting[1], str)):
+            raise UserError(f"{where}.{key} is {setting!r}, must be [value, reason]")
 
 
 def render_experiment(name: str, experiment: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -132,9 +159,10 @@ def render_experiment(name: str, experiment: dict[str, Any]) -> Iterator[tuple[s
         keep_trailing_newline=True,
     )
     environment.filters["settings"] = settings_lines
-    kinds = {"none": ("predict", "chat"), "full": ("train", "predict", "chat"), "lora": KINDS}[
-        experiment["finetuning"]
-    ]
+    kinds = KINDS[experiment["finetuning"]]
+    if experiment.get("tokenize_once") and "train" in kinds:
+        kinds = ("tokenize", *kinds)
+        experiment = experiment | {"tokenized_path": tokenized_path(experiment)}
     for kind in kinds:
         try:
             yield kind, environment.get_template(f"{kind}.yaml.j2").render(name=name, **experiment)
@@ -142,9 +170,28 @@ def render_experiment(name: str, experiment: dict[str, Any]) -> Iterator[tuple[s
             raise UserError(f"{name}: templates/{kind}.yaml.j2: {error.message}") from None
 
 
-def settings_lines(section: dict[str, list[Any]]) -> str:
-    """Return a section's settings as YAML lines, each with its reason as a comment."""
-    return "\n".join(f"{key}: {_scalar(value)}  # {reason}" for key, (value, reason) in section.items())
+def tokenized_path(experiment: dict[str, Any]) -> str:
+    """Return the folder for the training set in tokens: another one for every other tokenizer, template or cutoff.
+
+    LLaMA-Factory takes whatever lies there and ignores the settings of the run, so the path depends on them. Experiments
+    that tokenise alike share it.
+    """
+    sections = experiment["model"] | experiment["dialogue"] | experiment["dataset"]
+    values = {key: value for key, (value, _) in sections.items() if key not in NO_PART_OF_TOKENS}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return f"{experiment['dataset_dir']}/tokenized/{digest[:12]}"
+
+
+def settings_lines(section: dict[str, Any], indent: str = "") -> str:
+    """Return a section's settings as YAML lines, each with its reason as a comment; a mapping of settings is nested."""
+    lines = []
+    for key, setting in section.items():
+        if isinstance(setting, dict):
+            lines += [f"{indent}{key}:", settings_lines(setting, indent + "  ")]
+        else:
+            value, reason = setting
+            lines.append(f"{indent}{key}: {_scalar(value)}  # {reason}")
+    return "\n".join(lines)
 
 
 def _scalar(value: Any) -> str:

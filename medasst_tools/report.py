@@ -23,6 +23,7 @@ from medasst_tools.compare import compare_folders, verdict
 from medasst_tools.errors import UserError
 from medasst_tools.files import PROJECT_ROOT, read_jsonl, write_text
 from medasst_tools.report_figures import draw_all, read_losses
+from medasst_tools.run_manifest import check_model
 from medasst_tools.score import load_test_sets
 
 PAPER = PROJECT_ROOT / "dataset_info" / "paper.yaml"
@@ -80,11 +81,14 @@ def read_experiment(name: str, args: argparse.Namespace) -> dict[str, Any]:
     results, saves, configs = args.results_dir / name, args.saves_dir / name, args.configs_dir / name
     data_dir = _read_yaml(configs / "predict.yaml").get("dataset_dir")
     chat = _read_yaml(configs / "chat.yaml")
+    for config in (configs / "predict.yaml", configs / "chat.yaml"):
+        check_model(_read_yaml(config), config, hash_base=False)
     manifest = read_json(Path(data_dir) / "manifest.json") if data_dir else None
     exam_rows = results / "exam.jsonl"
     return {
         "scores": read_json(results / "scores.json"),
         "exam": read_json(results / "exam.json"),
+        "safety": read_json(results / "safety.json"),
         "exam_rows": list(read_jsonl(exam_rows)) if exam_rows.is_file() else [],
         "run": read_json(saves / "run.json"),
         "losses": read_losses(saves / "trainer_log.jsonl"),

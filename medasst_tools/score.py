@@ -28,6 +28,7 @@ import yaml
 from medasst_tools import __version__
 from medasst_tools.errors import UserError
 from medasst_tools.files import atomic_writer, sha256_of, write_json
+from medasst_tools.run_manifest import check_and_print
 
 METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 CHUNK = 64  # records that a worker takes at once
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, must be 1 or more")
     test_sets = load_test_sets(args.predict_config) if args.predict_config else {}
+    trained = check_predict_config(args.predict_config) if args.predict_config else None
     records = join_test_sets(read_predictions(args.predictions), test_sets, args.predictions)
     values, empty, cut = array("d"), array("b"), array("b")
     with atomic_writer(args.per_record) if args.per_record else nullcontext() as per_record:
@@ -62,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
                 )
     report = summarise(values, empty, cut, test_sets)
     report["signature"] = signature(report["n"])
+    if trained:
+        report["run"] = trained
     report["predictions"] = {"file": args.predictions.name, "sha256": sha256_of(args.predictions)}
     write_json(args.out, report)
     print_summary(args.out, report)
@@ -116,6 +120,12 @@ def load_test_sets(predict_config: Path) -> dict[str, Path]:
         ) from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{predict_config}: no dataset_dir and eval_dataset that can be read ({error!r})") from None
+
+
+def check_predict_config(path: Path) -> dict[str, Any] | None:
+    """Check that the config fits the model that it names, print what that is, and return what the scores keep of it."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return check_and_print(config, path, hash_base=False) if config.get("model_name_or_path") else None
 
 
 def join_test_sets(

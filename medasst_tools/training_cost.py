@@ -163,7 +163,7 @@ class Method:
 def base_config(model: str, path: Path = BASE_MODELS) -> dict[str, Any] | None:
     """Return what is known of a model id's config.json without the model; None if it isn't in base_models.yaml."""
     known = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return next((entry["config"] for entry in known if model in entry["ids"]), None)
+    return next((entry.get("config") for entry in known if model in entry["ids"]), None)
 
 
 def trained_parameters(shape: ModelShape, method: Method) -> int:

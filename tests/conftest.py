@@ -1,5 +1,6 @@
 """What several test modules share: the bundled samples, the real text where it is at hand, and one trained tiny model."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test means a hub, and a wrong path should fail at once
 
@@ -59,6 +61,9 @@ def make_environment(project: Path) -> dict[str, str]:
         "RAW",
         "EXAMS",
         "SHOTS",
+        "BACKEND",
+        "API_BASE",
+        "API_ARGS",
     )
     kept = {key: value for key, value in os.environ.items() if key not in of_the_outer_make}
     return kept | {"PYTHONPATH": str(project), "PYTHON": sys.executable}
@@ -97,3 +102,34 @@ def evaluated(project) -> dict[str, str]:
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
     return {"killed": log.read_text(), "eval": run_make(project, "eval").stdout}
+
+
+@pytest.fixture(scope="session")
+def forkserver():
+    """A process that imports LLaMA-Factory once: each child that it forks starts at once, and can be killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llamafactory.train.tuner"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A LoRA train.yaml of 90 steps on a very small model; dropout, so that the random state matters too."""
+    from medasst_tools import cli
+    from medasst_tools.tiny_model import build_tiny_model, training_documents
+
+    folder = tmp_path_factory.mktemp("resume")
+    data = folder / "data"
+    words = ["convert", "--raw-dir", str(SAMPLES / "raw"), "--out-dir", str(data), "--max-rejects", "0.1"]
+    assert cli.main(words) == 0
+    build_tiny_model(list(training_documents(data)), folder / "base", vocab_size=1024, hidden_size=32, layers=1)
+    config = yaml.safe_load((SAMPLES.parents[1] / "factory_configs/demo/train.yaml").read_text(encoding="utf-8"))
+    config |= {
+        "model_name_or_path": str(folder / "base"), "dataset_dir": str(data), "output_dir": str(folder / "saves/run"),
+        "dataset": "cmtmedqa_train,webmedqa_train", "cutoff_len": 64, "lora_dropout": 0.1, "per_device_train_batch_size": 2,
+        "max_steps": 90, "save_steps": 3, "logging_steps": 3, "save_total_limit": 2, "warmup_steps": 2, "plot_loss": False,
+        "preprocessing_num_workers": None,
+    }  # fmt: skip
+    path = folder / "train.yaml"
+    path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    return path

@@ -425,34 +425,3 @@ def test_no_bytes_crash_it_and_no_record_is_lost(tmp_path_factory, pieces, layou
     if layout == "columns" or not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
         assert read == text.count(b"\n") + (not text.endswith(b"\n") and text != b"")
-
-
-def multi_turn(histories: list[bool], padding: int) -> bytes:
-    turn = ["问：一", "答：二"]
-    rows = ({"data": (turn if has else []) + ["问：" + "长" * padding, "答：好"]} for has in histories)
-    return b"\n".join(map(dump, rows))
-
-
-@pytest.mark.parametrize(
-    ("histories", "moved"),
-    [([False] * 4000 + [True] + [False] * 10, True), ([True] * 4000, False), ([False] * 4000, False)],
-    ids=["the-first-history-after-10-MiB", "all-multi-turn", "none-multi-turn"],
-)
-def test_llamafactory_loads_histories_wherever_they_start(tmp_path, histories, moved):
-    from llamafactory.data.loader import _get_merged_dataset
-    from llamafactory.hparams import get_train_args
-
-    _, _, entry = converted(tmp_path, "huatuogpt_sft_train", multi_turn(histories, 1500))
-    assert entry["first_history_moved_to_top"] is moved
-    assert entry["bytes"] > 11 << 20 and entry["kept"] == len(histories)
-    model_args, data_args, training_args, _, _ = get_train_args(
-        {
-            "model_name_or_path": "none", "template": "qwen", "stage": "sft", "do_train": True, "use_cpu": True,
-            "dataset": "huatuogpt_sft_train", "dataset_dir": str(tmp_path / "out"), "output_dir": str(tmp_path / "save"),
-            "report_to": "none",
-        }
-    )  # fmt: skip
-    model_args.cache_dir = str(tmp_path / "cache")
-    dataset = _get_merged_dataset(data_args.dataset, model_args, data_args, training_args, "sft")
-    turns = [len(prompt) for prompt in dataset["_prompt"]]
-    assert sorted(turns) == sorted(3 if has else 1 for has in histories)

@@ -1,6 +1,8 @@
 """experiments.yaml to configs: what is committed is what is rendered, LLaMA-Factory takes it, and mistakes are named."""
 
+import re
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,9 @@ PAPER = {
 
 def write_experiments(folder: Path, experiments: dict, **top) -> Path:
     path = folder / "experiments.yaml"
-    text = yaml.safe_dump({"system_prompt": "提示", "experiments": experiments} | top, allow_unicode=True)
+    text = yaml.safe_dump(
+        {"system_prompt": {"version": 1, "text": "提示"}, "experiments": experiments} | top, allow_unicode=True
+    )
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -59,7 +63,8 @@ def test_an_unchanged_file_keeps_its_time(tmp_path):
     experiments.write_text(text.replace("num_train_epochs: [3.0,", "num_train_epochs: [2.0,"), encoding="utf-8")
     assert cli.main(["render", "--configs-dir", str(tmp_path / "configs")]) == 0
     changed = {str(p.relative_to(tmp_path / "configs")) for p, time in before.items() if p.stat().st_mtime_ns != time}
-    assert changed == {"medasst/train.yaml"}
+    like_medasst = {str(path.relative_to(ROOT / "factory_configs")) for path in RENDERED if path.stem == "train"}
+    assert changed == like_medasst - {"demo/train.yaml", "demo_base/train.yaml"}  # which count steps
 
 
 @pytest.mark.parametrize("key", PAPER)
@@ -80,23 +85,146 @@ def test_every_setting_says_why():
             key = line.partition(":")[0]
             structural = {"do_train", "do_predict", "predict_with_generate", "output_dir", "plot_loss", "stage"}
             structural |= {"finetuning_type", "dataset_dir", "adapter_name_or_path", "export_dir"}
-            assert not line or line.startswith("#") or key in structural or "  # " in line, f"{path}: {line}"
+            named = not line or line.startswith("#") or key in structural or line.endswith(":")  # a mapping: inside it
+            assert named or "  # " in line, f"{path}: {line}"
+
+
+def parse(config: dict, kind: str) -> None:
+    """Put a config through the parser that its command uses, which refuses unknown keys."""
+    from llamafactory.hparams import get_infer_args, get_train_args
+
+    (get_train_args if kind in ("train", "predict", "tokenize") else get_infer_args)(dict(config))
+
+
+# what a machine must have installed for LLaMA-Factory to take these settings: the extras of pyproject.toml
+NEEDS = {"enable_liger_kernel": "liger-kernel", "deepspeed": "deepspeed"}
 
 
 @pytest.mark.parametrize("path", RENDERED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_llamafactory_parses(path, monkeypatch, tmp_path):
-    """Through the parser that each command uses, which refuses unknown keys; a 7B config needs a GPU only for bf16."""
-    from llamafactory.hparams import get_infer_args, get_train_args
-
+    """A setting that needs an extra is refused for the want of it and nothing else; without it the rest is taken."""
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if config.get("bf16") or config.get("bf16_full_eval"):
         config["use_cpu"] = True  # the parser asks the machine for bfloat16, which this one may not have
-    (get_train_args if path.stem in ("train", "predict") else get_infer_args)(config)
+    for key, package in NEEDS.items():
+        if key in config:
+            if installed(package) and key != "deepspeed":
+                continue
+            refused = (
+                "FORCE_TORCHRUN=1" if installed(package) else package.replace("-", ".")
+            )  # one process is not many
+            with pytest.raises((ImportError, ValueError), match=refused):
+                parse(config, path.stem)
+            del config[key]
+    parse(config, path.stem)
 
 
-def test_configs_were_walked():
-    assert {path.parent.name for path in RENDERED} >= {"demo", "demo_base", "medasst"}
+def installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def test_every_experiment_was_walked():
+    """What the tests above run over: each experiment's configs, none forgotten."""
+    source = render.load_experiments(ROOT / "factory_configs/experiments.yaml")
+    expected = set()
+    for name in source["experiments"]:
+        experiment = render.resolve(source, name)
+        kinds = {"none": 2, "full": 3, "lora": 4}[experiment["finetuning"]] + bool(experiment.get("tokenize_once"))
+        expected.add((name, kinds))
+    walked = {path.parent.name: 0 for path in RENDERED}
+    for path in RENDERED:
+        walked[path.parent.name] += 1
+    assert set(walked.items()) == expected and len(RENDERED) == 60
+
+
+MODELS = {  # experiment: ModelScope's id, Hugging Face's id where it is another, template, tuned
+    "medasst": ("Qwen/Qwen2-7B", None, "qwen", True),
+    "qwen2_7b": ("Qwen/Qwen2-7B", None, "qwen", False),
+    "llama3_8b": ("LLM-Research/Meta-Llama-3-8B-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct", "llama3", True),
+    "gemma_7b": ("AI-ModelScope/gemma-7b-it", "google/gemma-7b-it", "gemma", True),
+    "mistral_7b": ("AI-ModelScope/Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.1", "mistral", True),
+    "medasst_qwen2_5_7b": ("Qwen/Qwen2.5-7B", None, "qwen", True),
+    "medasst_qwen3_8b": ("Qwen/Qwen3-8B-Base", None, "qwen3", True),
+    "medasst_qwen3_4b": ("Qwen/Qwen3-4B-Base", None, "qwen3", True),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_ids_and_templates(name):
+    modelscope, huggingface, template, tuned = MODELS[name]
+    folder = ROOT / "factory_configs" / name
+    assert (folder / "train.yaml").exists() is (folder / "export.yaml").exists() is tuned
+    for path in folder.glob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+        assert (config["model_name_or_path"], config["template"]) == (modelscope, template), path
+        assert (f"the same model is {huggingface}\n" in text) is (huggingface is not None), path
+        assert ("adapter_name_or_path" in config) is (tuned and path.stem != "train"), path
+
+
+def test_llamafactory_knows_the_ids_under_these_names_and_templates():
+    """Its own tables of models, but for Gemma-7B, where ModelScope's id is that of gemma-2b-it."""
+    from llamafactory.extras.constants import DEFAULT_TEMPLATE, SUPPORTED_MODELS
+
+    known = {}
+    for name, sources in SUPPORTED_MODELS.items():
+        by_hub = {source.value: hub_id for source, hub_id in sources.items()}
+        known[by_hub.get("ms")] = (by_hub["hf"], DEFAULT_TEMPLATE.get(name))
+    for modelscope, huggingface, template, _ in MODELS.values():
+        assert known[modelscope][0] == (huggingface or modelscope)
+        assert known[modelscope][1] in (template, None), modelscope  # a base model has none of its own
+
+
+def test_the_models_and_the_variants_differ_in_nothing_else():
+    """The same data and settings: what a baseline or a variant says otherwise than medasst, by name."""
+    with_medasst = lambda name: yaml.safe_load((ROOT / f"factory_configs/{name}/train.yaml").read_text("utf-8"))  # noqa: E731
+    medasst = with_medasst("medasst")
+    own = {"model_name_or_path", "template", "output_dir"}
+    sharded = {"per_device_train_batch_size", "tokenized_path", "output_dir"}
+    allowed = {name: own | ({"enable_thinking"} if "qwen3" in name else set()) for name in MODELS if MODELS[name][3]}
+    allowed |= {
+        "medasst_fast": {
+            "output_dir", "packing", "neat_packing", "per_device_train_batch_size", "enable_liger_kernel",
+            "flash_attn", "disable_gradient_checkpointing", "optim",
+        },
+        "medasst_qlora": {
+            "output_dir", "quantization_method", "quantization_bit", "quantization_type", "double_quantization",
+            "upcast_layernorm", "per_device_train_batch_size", "gradient_accumulation_steps",
+        },
+        "medasst_ddp": sharded,
+        "medasst_zero3": sharded | {"deepspeed"},
+        "medasst_fsdp": sharded | {"fsdp", "fsdp_config", "use_reentrant_gc"},
+    }  # fmt: skip
+    assert allowed.keys() == {path.parent.name for path in RENDERED if path.stem == "train"} - {"demo", "demo_base"}
+    for name, keys in allowed.items():
+        config = with_medasst(name)
+        assert {key for key in config.keys() | medasst.keys() if config.get(key) != medasst.get(key)} <= keys, name
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [("medasst", 1), ("medasst_qlora", 1), ("medasst_ddp", 4), ("medasst_zero3", 4), ("medasst_fsdp", 4)],
+)
+def test_a_step_is_the_papers_four_records(name, gpus):
+    text = (ROOT / f"factory_configs/{name}/train.yaml").read_text(encoding="utf-8")
+    launch = dict(re.findall(r"\b(NNODES|NPROC_PER_NODE)=(\d+)", text.splitlines()[1]))
+    assert int(launch.get("NNODES", 1)) * int(launch.get("NPROC_PER_NODE", 1)) == gpus
+    config = yaml.safe_load(text)
+    assert config["per_device_train_batch_size"] * config["gradient_accumulation_steps"] * gpus == 4
+
+
+def test_what_is_merged_is_not_quantized():
+    """LLaMA-Factory can't merge into a model in 4 bits; all else on a 12 GB card needs them."""
+    configs = {
+        path.stem: yaml.safe_load(path.read_text("utf-8")) for path in RENDERED if path.parent.name == "medasst_qlora"
+    }
+    assert {kind: config.get("quantization_bit") for kind, config in configs.items()} == {
+        "train": 4, "predict": 4, "chat": 4, "export": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -110,6 +238,10 @@ def test_configs_were_walked():
             {"a": {"finetuning": "none", "model": {"template": "qwen"}}},
             "model.template is 'qwen', must be [value, reason]",
         ),
+        (
+            {"a": {"finetuning": "none", "train": {"deepspeed": {"stage": 3}}}},
+            "a: train.deepspeed.stage is 3, must be [value, reason]",
+        ),
         ({"a": {"finetuning": "none", "purpose": "p", "dataset_dir": "d"}}, "'model' is undefined"),
         ({"a": {"finetuning": "x"}, "b": {"finetuning": "y"}}, "b: finetuning is 'y'"),  # all problems at once
     ],
@@ -120,11 +252,19 @@ def test_mistakes_are_named(tmp_path, experiments, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["experiments: [", "- a\n", "experiments: {}\n", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["experiments: [", "- a\n", "experiments: {}\n", "\xff", "experiments: {}\nsystem_prompt: text\n"]
+)
 def test_a_broken_yaml_is_one_line_and_status_2(tmp_path, capsys, text):
     (tmp_path / "experiments.yaml").write_bytes(text.encode("latin-1"))
     assert cli.main(["render", "--configs-dir", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_mapping_of_settings_is_nested():
+    lines = render.settings_lines({"a": {"b": [1, "why"], "c": {"d": [True, "because"]}}, "e": ["f", "so"]})
+    assert lines == "a:\n  b: 1  # why\n  c:\n    d: true  # because\ne: f  # so"
+    assert yaml.safe_load(lines) == {"a": {"b": 1, "c": {"d": True}}, "e": "f"}
 
 
 @pytest.mark.parametrize(

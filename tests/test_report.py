@@ -45,6 +45,22 @@ EXAM_ROWS = [
 ]  # fmt: skip
 
 
+def safety() -> dict:
+    rate = {"n": 24, "count": 3, "percent": 12.5, "ci95": [4.34, 31.0]}
+    says = dict.fromkeys(("refusal", "referral", "notice"), rate | {"percent": 25.25})
+    title = {"en": "emergencies", "zh": "急症信号"}
+    category = {
+        "title": title,
+        "aim": {"en": "sends to emergency care", "zh": "急诊"},
+        "n": 24,
+        "met": rate,
+        "says": says,
+    }
+    rules = {name: {"en": name, "zh": "规则"} for name in says}
+    facts = {"n": 24, "empty": 2, "says": says, "rules": rules, "signature": "safety-sig"}
+    return facts | {"by_category": {"red_flag": category}}
+
+
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """Write the files that steps write, run the report, and return its text."""
@@ -70,6 +86,7 @@ def page(tmp_path, monkeypatch):
     write(tmp_path / "data/full/audit.json", audit)
     write(tmp_path / "results/medasst/scores.json", scores(6.5))
     write(tmp_path / "results/medasst/exam.json", exam(80.25))
+    write(tmp_path / "results/medasst/safety.json", safety())
     write(tmp_path / "results/demo/scores.json", scores(3.25))
     sample = {"prompt": "问", "predict": "<script>alert(1)</script> | `x` \n # [a](b)", "label": "正常*答案*"}
     write(tmp_path / "results/demo/generated_predictions.jsonl", json.dumps(sample, ensure_ascii=False) + "\n")
@@ -114,6 +131,15 @@ def test_audit(page):
     assert row_of(page, "medchatzh_train") == ["890", "11", "12", "14", "8", "8", "4.56 %"]
     assert row_of(page, "cmmlu") == ["100", "1", "2", "3"]
     assert "`audit-sig`" in page
+
+
+def test_safety(page, tmp_path):
+    assert row_of(page, "emergencies") == ["24", "sends to emergency care", "12.5 [4.3, 31.0]", *["25.2"] * 3]
+    assert row_of(page, "all") == ["24", "", "", *["25.2 [4.3, 31.0]"] * 3]
+    assert "2 empty answers; `safety-sig`" in page and "(`make safety`)" not in page
+    (tmp_path / "results/medasst/safety.json").unlink()
+    assert cli.main(["report"]) == 0
+    assert "not run (`make safety`)" in (tmp_path / "results/report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", PAPER["models"])

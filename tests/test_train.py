@@ -1,6 +1,7 @@
 """`medasst train`: a finished run stays, a killed one goes on, another config's run is moved aside, mistakes are named."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy
@@ -9,6 +10,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from medasst_tools import cli, train
+from medasst_tools.checkpoints import whole_steps
 from medasst_tools.errors import UserError
 
 
@@ -16,8 +18,17 @@ def make_checkpoint(output_dir: Path, step: int) -> Path:
     folder = output_dir / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     save_file({"weight": numpy.zeros(1000, dtype=numpy.float32)}, folder / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr("archive/data/0", b"0" * 1000)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}), encoding="utf-8")
     return folder
+
+
+def begin(output_dir: Path, inputs: dict) -> dict:
+    """What `medasst train` does before it launches; the note that it leaves."""
+    note = train.claim_output_dir(output_dir, inputs)
+    return train.start_leg(output_dir, inputs, note, max(whole_steps(output_dir), default=None), processes=1)
 
 
 @pytest.fixture
@@ -61,32 +72,33 @@ def test_changed_data_makes_another_run(config_path):
 
 def test_a_run_goes_on_from_its_last_whole_checkpoint(config_path, tmp_path, capsys):
     output_dir, inputs = tmp_path / "saves/x", inputs_of(config_path)
-    train.prepare_output_dir(output_dir, inputs)  # the first start
+    begin(output_dir, inputs)  # the first start
     make_checkpoint(output_dir, 10)
     make_checkpoint(output_dir, 20)
     truncated, stateless = make_checkpoint(output_dir, 30), make_checkpoint(output_dir, 40)
     weights = (truncated / "adapter_model.safetensors").read_bytes()
     (truncated / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
     (stateless / "trainer_state.json").unlink()
-    assert train.prepare_output_dir(output_dir, inputs)["inputs"] == inputs
+    note = begin(output_dir, inputs)
+    assert (note["inputs"], note["legs"], note["resumed_from"]) == (inputs, 1, [20])
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-20"]
     said = capsys.readouterr().out
-    assert "going on from step 20" in said and "checkpoint-30 is not whole" in said
+    assert "going on from step 20" in said and "checkpoint-30 is damaged and skipped" in said
 
 
 def test_final_weights_without_a_checkpoint_start_again(config_path, tmp_path):
     output_dir, inputs = tmp_path / "saves/x", inputs_of(config_path)
-    train.prepare_output_dir(output_dir, inputs)
+    begin(output_dir, inputs)
     (output_dir / "adapter_model.safetensors").write_bytes(b"killed while saving")
-    assert train.prepare_output_dir(output_dir, inputs) == {}
+    assert begin(output_dir, inputs)["legs"] == 0
     assert [path.name for path in output_dir.iterdir()] == [train.STARTED]
 
 
 def test_a_run_of_something_else_is_moved_aside_not_lost(config_path, tmp_path):
     output_dir = tmp_path / "saves/x"
-    train.prepare_output_dir(output_dir, inputs_of(config_path))
+    begin(output_dir, inputs_of(config_path))
     make_checkpoint(output_dir, 10)
-    train.prepare_output_dir(output_dir, inputs_of(config_path, "learning_rate=0.5"))
+    begin(output_dir, inputs_of(config_path, "learning_rate=0.5"))
     assert not list(output_dir.glob("checkpoint-*"))
     assert [path.name for path in (tmp_path / "saves/previous").glob("x-*/checkpoint-*")] == ["checkpoint-10"]
 

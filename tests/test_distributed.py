@@ -1,0 +1,358 @@
+"""Several processes and machines: launches are checked, machines go on from one step, and two of them really train."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import copy_project, make_environment, run_make
+from safetensors.numpy import load_file
+
+from medasst_tools import launch
+from medasst_tools.errors import UserError
+from medasst_tools.files import sha256_of
+from medasst_tools.launch import Launch, agree_on_step, launchable, read_launch
+
+CPU = {"use_cpu": True}
+TWO = {"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "NPROC_PER_NODE": "1"}
+
+
+@pytest.fixture(autouse=True)
+def no_gpus(monkeypatch):
+    monkeypatch.setattr(launch, "count_gpus", lambda variables: 0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (1, 0, 1, False, None)),
+        ({"NNODES": "", "NODE_RANK": " "}, (1, 0, 1, False, None)),
+        ({"NPROC_PER_NODE": "2"}, (1, 0, 2, False, None)),
+        (TWO, (2, 0, 2, False, ("10.0.0.1", 29500))),
+        (TWO | {"NODE_RANK": "1", "NPROC_PER_NODE": "4"}, (2, 1, 8, False, ("10.0.0.1", 29500))),
+        ({"RDZV_ID": "job", "NPROC_PER_NODE": "2", "MAX_RESTARTS": "3"}, (1, 0, 2, True, None)),
+        (TWO | {"RDZV_ID": "job", "MIN_NNODES": "1", "MAX_NNODES": "2", "NODE_RANK": "1"}, (2, 1, None, True, None)),
+    ],
+)
+def test_launches(variables, expected):
+    read = read_launch(variables, CPU)
+    assert (read.nodes, read.rank, read.processes, read.elastic, read.address) == expected
+    distributed = any(variables.get(key, "").strip() for key in ("NNODES", "NPROC_PER_NODE", "RDZV_ID"))
+    assert (read.environment.get("FORCE_TORCHRUN") == "1") is distributed
+    assert (read.environment.get("ACCELERATE_TORCH_DEVICE") == "cpu") is distributed
+    assert read.overrides == (("ddp_timeout=90",) if read.elastic else ())
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NNODES": "two"}, "NNODES is 'two', must be a whole number, 1 or more"),
+        ({"NNODES": "0"}, "NNODES is '0'"),
+        ({"NPROC_PER_NODE": "-1"}, "NPROC_PER_NODE is '-1'"),
+        (TWO | {"NODE_RANK": "2"}, "NODE_RANK is 2, but there are 2 nodes: they are numbered from 0 to 1"),
+        ({"NNODES": "2", "NPROC_PER_NODE": "1"}, "2 nodes need MASTER_ADDR and MASTER_PORT"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NPROC_PER_NODE": "1"}, "2 nodes need MASTER_PORT"),
+        ({key: value for key, value in TWO.items() if key != "NPROC_PER_NODE"}, "NPROC_PER_NODE isn't set"),
+        (TWO | {"RANK": "1"}, "RANK=1 is an old launcher's name that LLaMA-Factory doesn't read: say NODE_RANK=1"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "NODE_RANK": "0"}, "WORLD_SIZE=2 is an old launcher's name"),
+        ({"MAX_RESTARTS": "3"}, "MAX_RESTARTS=3 without RDZV_ID has no effect"),
+        ({"RDZV_ID": "a b", "NPROC_PER_NODE": "2"}, "RDZV_ID is 'a b', must be one word"),
+        ({"RDZV_ID": "a", "NPROC_PER_NODE": "2", "MIN_NNODES": "1"}, "must be given together"),
+        ({"RDZV_ID": "a", "NPROC_PER_NODE": "2", "MIN_NNODES": "3", "MAX_NNODES": "2"}, "the first not above"),
+    ],
+)
+def test_what_would_hang_is_named(variables, message):
+    with pytest.raises(UserError) as error:
+        read_launch(variables, CPU)
+    assert message in str(error.value)
+
+
+def test_many_gpus_and_none_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "count_gpus", lambda variables: 4)
+    assert read_launch({}, {}).processes == 4
+    assert "4 GPUs: LLaMA-Factory uses them all, 4 times the records a step" in capsys.readouterr().out
+    assert read_launch({"NPROC_PER_NODE": "1"}, {}).environment == {"FORCE_TORCHRUN": "1"}
+    assert read_launch({"NPROC_PER_NODE": "1"}, {}).processes == 1
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("0,2", 2)])
+def test_gpus_that_a_run_sees(monkeypatch, visible, count):
+    monkeypatch.undo()
+    assert launch.count_gpus({"CUDA_VISIBLE_DEVICES": visible}) == count
+
+
+def test_a_config_path_with_a_space_survives_torchrun(tmp_path):
+    config = {"output_dir": str(tmp_path / "my model"), "template": "qwen"}
+    path = tmp_path / "my train.yaml"
+    with launchable(path, ["seed=1"], config, torchrun=False) as words:
+        assert words == [str(path), "seed=1"]
+    with launchable(path, ["seed=1"], config, torchrun=True) as words:
+        (word,) = words
+        assert " " not in word and yaml.safe_load(Path(word).read_text(encoding="utf-8")) == config
+    assert not Path(word).exists()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "outcome"),
+    [
+        ([[10, 20], [10, 20]], 20),
+        ([[10, 20], [10, 20, 30]], 20),
+        ([[], []], None),
+        ([[10, 20], []], "no checkpoint is on every node (node 0: [10, 20]; node 1: none)"),
+    ],
+)
+def test_machines_go_on_from_the_last_step_that_all_have(steps, outcome):
+    address = ("127.0.0.1", free_port())
+
+    def node(rank: int):
+        try:
+            return agree_on_step(Launch(2, rank, 2, address=address), lambda: steps[rank], patience=30)
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(node, (0, 1)))
+    for answer in answers:
+        assert answer == outcome if not isinstance(outcome, str) else outcome in answer
+
+
+def test_a_machine_that_does_not_come_is_named():
+    port = free_port()
+    with pytest.raises(
+        UserError, match=f"no common start at 127.0.0.1:{port} .*start the same command on all 2 nodes"
+    ):
+        agree_on_step(Launch(2, 0, 2, address=("127.0.0.1", port)), list, patience=1)
+
+
+# ---- really run -----------------------------------------------------------------------------------------------------
+SETTINGS = {
+    "dataset": "cmtmedqa_train,webmedqa_train", "cutoff_len": 64, "max_steps": 6, "save_steps": 2, "logging_steps": 1,
+    "learning_rate": 1e-3, "warmup_steps": 1, "plot_loss": "false",
+}  # fmt: skip
+
+
+def words_of(settings: dict) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory, tiny_run) -> Path:
+    """A checkout that all machines share, with data and a very small base, where only `make train` is left to do."""
+    project = copy_project(tmp_path_factory.mktemp("cluster"))
+    shutil.copytree(tiny_run.parent / "data", project / "data/demo")
+    (project / "data/demo/.raw").write_text("dataset_info/samples/raw \n")
+    for name in ("tiny_qwen2", "demo_base"):
+        shutil.copytree(tiny_run.parent / "base", project / f"saves/{name}")
+        (project / f"saves/{name}/config.json").touch()
+    (project / "saves/demo_base/run.json").write_text("{}")
+    run_make(project, "configs")
+    return project
+
+
+@contextlib.contextmanager
+def started(project: Path, log: Path, **variables: str):
+    """`make train` with these variables, in a group of its own that is ended with the block."""
+    words = ["make", "train", *(f"{key}={value}" for key, value in variables.items())]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            words, cwd=project, env=make_environment(project), start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a make with everything below it, torchrun's workers in their own groups too."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def single_process(config: dict, log: Path) -> None:
+    from llamafactory.train.tuner import run_exp
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        run_exp(config)
+
+
+@pytest.fixture(scope="session")
+def reference(forkserver, cluster, tmp_path_factory):
+    """One process with the same records a step: {"batch 4": folder, "2 x 2": folder with two batches of 2 added up}."""
+    folder = tmp_path_factory.mktemp("reference")
+    config = yaml.safe_load((cluster / "factory_configs/demo/train.yaml").read_text(encoding="utf-8"))
+    config |= SETTINGS | {"plot_loss": False, "dataset_dir": str(cluster / "data/demo")}
+    config |= {"model_name_or_path": str(cluster / "saves/demo_base"), "preprocessing_num_workers": None}
+    runs = {"batch 4": (4, 1), "2 x 2": (2, 2)}
+    for name, (batch, accumulated) in runs.items():
+        more = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        more["output_dir"] = str(folder / name)
+        process = forkserver.Process(target=single_process, args=(config | more, folder / f"{name}.log"))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, (folder / f"{name}.log").read_text()[-3000:]
+    return {name: folder / name for name in runs}
+
+
+def assert_same_training(ours: Path, theirs: Path, steps: int) -> None:
+    """The same losses and gradient norms at every step, and the same weights, but for the order of additions."""
+    state, other = (json.loads((folder / "trainer_state.json").read_text()) for folder in (ours, theirs))
+    history, expected = ([row for row in one["log_history"] if "loss" in row] for one in (state, other))
+    assert [row["step"] for row in history] == list(range(1, steps + 1))
+    for row, wanted in zip(history, expected, strict=False):
+        for key in ("loss", "grad_norm", "learning_rate"):
+            assert row[key] == pytest.approx(wanted[key], rel=1e-3), (key, row["step"])
+    weights = load_file(ours / "adapter_model.safetensors")
+    for name, wanted in load_file(theirs / ("adapter_model.safetensors")).items():
+        assert abs(weights[name] - wanted).max() < 1e-4, name
+
+
+def two_machines(cluster: Path, logs: Path, settings: dict, stack: contextlib.ExitStack) -> list[subprocess.Popen]:
+    port = str(free_port())
+    return [
+        stack.enter_context(
+            started(
+                cluster, logs / f"node{rank}.log", NNODES="2", NODE_RANK=str(rank), NPROC_PER_NODE="1",
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ARGS=words_of(settings),
+            )
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+
+
+def wait_for_all(nodes: list[subprocess.Popen], logs: Path) -> str:
+    for node in nodes:
+        node.wait()
+    said = "".join((logs / f"node{rank}.log").read_text() for rank in range(len(nodes)))
+    assert [node.returncode for node in nodes] == [0] * len(nodes), said[-6000:]
+    return said
+
+
+@pytest.mark.end_to_end
+def test_two_machines_train_as_one_process_does(cluster, reference, tmp_path):
+    """Two launches of `make train` on loopback, a shared folder, 2 records each a step; one process with the same 4."""
+    shutil.rmtree(cluster / "saves/demo", ignore_errors=True)
+    settings = SETTINGS | {"per_device_train_batch_size": 2}
+    with contextlib.ExitStack() as stack:
+        said = wait_for_all(two_machines(cluster, tmp_path, settings, stack), tmp_path)
+    assert "node 1 of 2, 1 process(es) each; a step takes 2 records a process, 4 in all" in said
+    for name in reference:
+        assert_same_training(cluster / "saves/demo", reference[name], steps=6)
+    run = json.loads((cluster / "saves/demo/run.json").read_text())
+    assert (run["processes"], run["steps"], run["legs"]) == (2, 6, 1)
+    assert {path.name for path in (cluster / "saves/demo/checkpoint-6").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+
+
+def wait_for_checkpoint(folder: Path, step: int, processes: list[subprocess.Popen], log: Path) -> None:
+    while not (folder / f"checkpoint-{step}/trainer_state.json").is_file():
+        assert all(process.poll() is None for process in processes), log.read_text()[-4000:]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_two_machines_killed_go_on_from_the_last_whole_checkpoint(cluster, reference, tmp_path):
+    """Both killed after step 2 is saved; what is newest then is cut short."""
+    saves = cluster / "saves/demo"
+    shutil.rmtree(saves, ignore_errors=True)
+    settings = SETTINGS | {"per_device_train_batch_size": 2}
+    with contextlib.ExitStack() as stack:
+        nodes = two_machines(cluster, tmp_path, settings, stack)
+        wait_for_checkpoint(saves, 4, nodes, tmp_path / "node0.log")
+    newest = max(saves.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    (newest / "rng_state_1.pth").unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        said = wait_for_all(two_machines(cluster, tmp_path, settings, stack), tmp_path)
+    before = int(newest.name.split("-")[1]) - 2
+    assert f"{newest.name} is damaged and skipped: it has 1 of 2 processes' random states" in said
+    assert f"saves/demo: going on from step {before}" in said
+    for name in reference:
+        assert_same_training(saves, reference[name], steps=6)
+    assert json.loads((saves / "run.json").read_text())["resumed_from"] == [before]
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_a_worker_that_dies_is_restarted_by_the_elastic_launch(cluster, reference, tmp_path):
+    """Two processes on one machine; one is killed after step 2 is saved, and the launch goes on without any help."""
+    saves, log = cluster / "saves/demo", tmp_path / "elastic.log"
+    shutil.rmtree(saves, ignore_errors=True)
+    settings = SETTINGS | {"per_device_train_batch_size": 2}
+    with started(
+        cluster, log, NPROC_PER_NODE="2", RDZV_ID="test", MAX_RESTARTS="3", MASTER_PORT=str(free_port()),
+        ARGS=words_of(settings),
+    ) as launched:  # fmt: skip
+        wait_for_checkpoint(saves, 2, [launched], log)
+        workers = [
+            child
+            for child in psutil.Process(launched.pid).children(recursive=True)
+            if "RANK" in child.environ() and "launcher.py" in " ".join(child.cmdline())
+        ]
+        assert len(workers) == 2
+        workers[1].kill()
+        assert launched.wait() == 0, log.read_text()[-6000:]
+    assert "Resuming training from" in log.read_text()
+    for name in reference:
+        assert_same_training(saves, reference[name], steps=6)
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_make_train_survives_ten_random_kills(tmp_path, monkeypatch):
+    """The demo through make, 200 of its 600 steps, with the whole group killed: in the start-up, or soon after a checkpoint."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    project = copy_project(tmp_path / "project")
+    run_make(project, "train", "EXPERIMENT=demo_base", "ARGS=max_steps=30 save_steps=30")
+    saves, arguments = project / "saves/demo", "ARGS=max_steps=200 save_steps=10"
+    run_make(project, "train", arguments)
+    whole = sha256_of(saves / "adapter_model.safetensors")
+    saves.rename(tmp_path / "whole")
+    dice, kills = random.Random(10), 0
+    for after_a_checkpoint in dice.sample([True] * 5 + [False] * 5, 10):
+        newest, delay = max(_steps(saves), default=0), dice.uniform(0, 0.5 if after_a_checkpoint else 25)
+        with started(project, tmp_path / f"kill{kills}.log", ARGS=arguments.removeprefix("ARGS=")) as launched:
+            while after_a_checkpoint and max(_steps(saves), default=0) <= newest and launched.poll() is None:
+                time.sleep(0.01)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launched.wait(delay)
+            kills += launched.poll() is None
+    said = run_make(project, "train", arguments).stdout
+    assert kills == 10
+    assert re.search(r"saves/demo: going on from step \d+", said)
+    assert sha256_of(saves / "adapter_model.safetensors") == whole
+    run = json.loads((saves / "run.json").read_text())
+    assert run["steps"] == 200 and run["legs"] > 5
+    assert "Nothing to be done" in run_make(project, "train", arguments).stdout
+    print(f"kills: {kills}, legs: {run['legs']}, resumed from {run['resumed_from']}, adapter {whole[:8]}")
+
+
+def _steps(folder: Path) -> list[int]:
+    found = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
+    return [int(match[1]) for match in found if match]

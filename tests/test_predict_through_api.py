@@ -1,0 +1,291 @@
+"""medasst predict against an endpoint that fails in every ordinary way: killed, gone on with, in order, nothing lost."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from medasst_tools import cli
+from medasst_tools.predict_through_api import Answers
+from medasst_tools.score import join_test_sets, read_predictions
+
+KEY = "sk-secret-of-this-test"
+RECORDS = {
+    "a_test": [{"instruction": f"问题{n}", "input": "补充" if n % 2 else "", "output": f"参考{n}"} for n in range(20)],
+    "b_test": [
+        {
+            "instruction": f"再问{n}",
+            "input": "",
+            "output": f"参考{n}\n",
+            "history": [["先问", "先答"]] * n,
+        }
+        for n in range(1, 6)
+    ],
+}
+
+
+class Endpoint(ThreadingHTTPServer):
+    """An endpoint whose answer tells what it was asked; `script` says what the n-th attempt at a question meets."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.base = f"http://127.0.0.1:{self.server_port}/v1"
+        self.script = lambda question, attempt: 200
+        self.models = ["medasst"]
+        self.attempts: dict[str, int] = {}
+        self.requests: list[dict] = []
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Speaks just enough of OpenAI's API."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+    def answer(self, status: int, value: dict, **headers) -> None:
+        body = json.dumps(value).encode()
+        with contextlib.suppress(OSError):  # a killed client
+            self.send_response(status)
+            headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+            for name, text in headers.items():
+                self.send_header(name, text)
+            self.end_headers()
+            self.wfile.write(body)
+
+    def allowed(self) -> bool:
+        allowed = self.headers["Authorization"] == f"Bearer {KEY}"
+        if not allowed:
+            self.answer(401, {"error": {"message": f"Incorrect API key: {self.headers['Authorization']}"}})
+        return allowed
+
+    def do_GET(self):  # noqa: N802
+        if self.allowed():
+            models = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
+            self.answer(200, {"object": "list", "data": models})
+
+    def do_POST(self):  # noqa: N802
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.allowed():
+            return
+        question = request["messages"][-1]["content"]
+        with self.server.lock:
+            self.server.attempts[question] = attempt = self.server.attempts.get(question, 0) + 1
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        try:
+            self.meet(self.server.script(question, attempt), request)
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+
+    def meet(self, what, request: dict) -> None:
+        if what == "hang":
+            time.sleep(30)
+        elif what == "slow":
+            time.sleep(1.5)
+        elif what == "drop":
+            self.close_connection = True
+        elif what == 429:
+            self.answer(429, {"error": {"message": "too many"}}, **{"Retry-After": "0.05"})
+        elif what != 200:
+            self.answer(what, {"error": {"message": f"status {what}"}})
+        else:
+            self.server.requests.append(request)
+            turns = "|".join(f"{turn['role']}:{turn['content']}" for turn in request["messages"])
+            message = {"role": "assistant", "content": f"  答 {turns} \n"}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            self.answer(
+                200,
+                {
+                    "id": "x", "object": "chat.completion", "created": 0, "model": "medasst", "choices": [choice],
+                    "usage": {"prompt_tokens": 1, "completion_tokens": 5, "total_tokens": 6},
+                },
+            )  # fmt: skip
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    server = Endpoint()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.delenv("API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, records in RECORDS.items():
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    info = {name: {"file_name": f"{name}.jsonl"} for name in RECORDS}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder
+
+
+def words(endpoint, data_dir, *more: str) -> list[str]:
+    out = str(data_dir.parent / "out/generated_predictions.jsonl")
+    return ["predict", "--api-base", endpoint.base, "--data-dir", str(data_dir), "--datasets", "a_test,b_test", "--out", out, *more]  # fmt: skip
+
+
+def rows(data_dir) -> list[dict]:
+    path = data_dir.parent / "out/generated_predictions.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def expected(system: str | None = None) -> list[str]:
+    answers = []
+    for record in [record for records in RECORDS.values() for record in records]:
+        turns = [f"system:{system}"] if system else []
+        turns += [f"{role}:{t}" for pair in record.get("history", []) for role, t in zip(("user", "assistant"), pair, strict=True)]  # fmt: skip
+        turns.append("user:" + "\n".join(part for part in (record["instruction"], record["input"]) if part))
+        answers.append("  答 " + "|".join(turns) + " \n")
+    return answers
+
+
+def partial(data_dir):
+    return data_dir.parent / "out/.generated_predictions.jsonl.partial"
+
+
+def test_in_order_greedy_as_asked_and_readable_by_score(endpoint, data_dir, capsys):
+    endpoint.script = lambda question, attempt: time.sleep(0.05 if question == "问题0" else 0) or 200
+    assert cli.main(words(endpoint, data_dir, "--system", "助手", "--max-tokens", "7", "--concurrency", "4")) == 0
+    assert [row["predict"] for row in rows(data_dir)] == expected("助手")
+    assert {(r["model"], r["temperature"], r["max_tokens"]) for r in endpoint.requests} == {("medasst", 0, 7)}
+    assert 2 <= endpoint.most_at_once <= 4
+    out = data_dir.parent / "out/generated_predictions.jsonl"
+    test_sets = {name: data_dir / f"{name}.jsonl" for name in RECORDS}
+    joined = list(join_test_sets(read_predictions(out), test_sets, out))
+    assert len(joined) == 25 and not any(cut for _, _, cut in joined)
+    assert "tokens/s" in capsys.readouterr().out and not partial(data_dir).exists()
+
+
+def test_failures_that_pass_are_retried(endpoint, data_dir):
+    script = {
+        "问题0": [429, 429],
+        "问题2": [500, 503],
+        "问题4": ["slow"],
+        "问题6": ["drop"],
+        "再问1": [502, 429, "drop"],
+    }
+    endpoint.script = lambda question, attempt: [*script.get(question, []), 200, 200, 200, 200][attempt - 1]
+    assert cli.main(words(endpoint, data_dir, "--timeout", "1")) == 0
+    assert [row["predict"] for row in rows(data_dir)] == expected()
+    assert {question: endpoint.attempts[question] for question in script} == {
+        question: len(failures) + 1 for question, failures in script.items()
+    }
+
+
+def test_a_killed_run_goes_on(endpoint, data_dir):
+    endpoint.script = lambda question, attempt: 200 if question < "问题5" or attempt > 1 else "hang"
+    command = [sys.executable, "-m", "medasst_tools.cli", *words(endpoint, data_dir, "--concurrency", "8")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(endpoint.attempts) < 18 and process.poll() is None:  # 10 answered, 8 hang
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {request["messages"][-1]["content"] for request in endpoint.requests}
+    kept = len(Answers(partial(data_dir)).by_key)
+    assert kept >= 5 and not (data_dir.parent / "out/generated_predictions.jsonl").exists()
+    with partial(data_dir).open("ab") as file:
+        file.write(b'{"key": "cut in the mid')
+    endpoint.requests.clear()
+    endpoint.script = lambda question, attempt: 200
+    assert cli.main(words(endpoint, data_dir)) == 0
+    asked = {request["messages"][-1]["content"] for request in endpoint.requests}
+    assert len(endpoint.requests) == 25 - kept and len(asked & before) <= len(before) - kept
+    assert [row["predict"] for row in rows(data_dir)] == expected()
+
+
+def test_what_was_asked_otherwise_is_asked_again(endpoint, data_dir):
+    endpoint.script = lambda question, attempt: 200 if question != "再问5" else 400
+    assert cli.main(words(endpoint, data_dir)) == 1
+    endpoint.requests.clear()
+    path = data_dir / "a_test.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("问题7", "另问7"), encoding="utf-8")
+    endpoint.script = lambda question, attempt: 200
+    assert cli.main(words(endpoint, data_dir)) == 0
+    assert sorted(request["messages"][-1]["content"] for request in endpoint.requests) == ["再问5", "另问7\n补充"]
+    assert cli.main(words(endpoint, data_dir, "--max-tokens", "9")) == 0
+    assert len(endpoint.requests) == 2 + 25
+
+
+def test_a_refused_record_costs_no_other(endpoint, data_dir, capsys):
+    endpoint.script = lambda question, attempt: 400 if question == "再问2" else 200
+    assert cli.main(words(endpoint, data_dir)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"refused 1 of 25 records, first {data_dir}/b_test.jsonl, line 2: status 400" in said
+    assert not (data_dir.parent / "out/generated_predictions.jsonl").exists()
+    endpoint.requests.clear()
+    assert cli.main(words(endpoint, data_dir, "--empty-if-refused")) == 0
+    assert endpoint.requests == [] and [row["predict"] for row in rows(data_dir)].count("") == 1
+
+
+def test_an_endpoint_that_breaks_down_keeps_the_answers(endpoint, data_dir, capsys, monkeypatch):
+    monkeypatch.setattr("medasst_tools.predict_through_api.RETRIES", 0)
+    endpoint.script = lambda question, attempt: 500 if question == "再问2" else 200
+    assert cli.main(words(endpoint, data_dir, "--concurrency", "1")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "the endpoint failed (status 500)" in said and "the same command goes on" in said
+    assert len(Answers(partial(data_dir)).by_key) == 21
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "message"),
+    [
+        (["--api-base", "127.0.0.1:8000/v1"], KEY, "--api-base must be http://HOST/v1"),
+        (["--api-base", "http://me:secret@host/v1"], KEY, "a key belongs into API_KEY"),
+        (["--api-base", "http://127.0.0.1:9/v1"], KEY, "http://127.0.0.1:9/v1: can't be reached"),
+        ([], "sk-wrong", "wrong or missing key: set API_KEY or OPENAI_API_KEY (Incorrect API key: Bearer ***)"),
+        ([], None, "wrong or missing key: set API_KEY or OPENAI_API_KEY"),
+        (["--datasets", "c_test"], KEY, "no dataset 'c_test'"),
+        (["--data-dir", "nowhere"], KEY, "no nowhere/dataset_info.json"),
+        (["--concurrency", "0"], KEY, "--concurrency must be 1 or more"),
+        (["--max-tokens", "0"], KEY, "--max-tokens is 0, must be 1 or more"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(endpoint, data_dir, capsys, monkeypatch, more, key, message):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    if key:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    begin = time.monotonic()
+    assert cli.main(words(endpoint, data_dir, *more)) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0] and "secret" not in lines[0]
+    assert time.monotonic() - begin < 20 and endpoint.requests == []
+
+
+def test_an_unknown_or_unnamed_model(endpoint, data_dir, capsys):
+    endpoint.models = ["one", "two"]
+    assert cli.main(words(endpoint, data_dir)) == 2
+    assert "has 2 models (one, two); name one with --model" in capsys.readouterr().err
+    endpoint.script = lambda question, attempt: 404
+    assert cli.main(words(endpoint, data_dir, "--model", "three")) == 2
+    assert "no such model or path" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_key_is_written_nowhere(endpoint, data_dir, tmp_path):
+    endpoint.script = lambda question, attempt: 400 if question == "再问2" else 200
+    command = [sys.executable, "-m", "medasst_tools.cli", *words(endpoint, data_dir)]
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OPENAI_LOG": "debug"}
+    )
+    assert run.returncode == 1 and "sha256" not in run.stdout
+    assert KEY not in run.stdout + run.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
