@@ -188,13 +188,14 @@ saves/%_merged/export.json: factory_configs/%/export.yaml templates/model_card.m
 	$(MEDASST) export $< $(ARGS)
 	test ! -f $@ || touch $@  # not there if ARGS said another export_dir
 
-safety: results/$(EXPERIMENT)/safety.json ## what the model says to red flags, false premises, requests for prescriptions
+safety: results/$(EXPERIMENT)/safety.json ## what the model says to red flags, false premises... (SAFETY_ARGS="--set FILE")
 
-results/%/safety.json: factory_configs/%/chat.yaml $(wildcard dataset_info/safety/*) | $(INSTALLED)
+results/%/safety.json: factory_configs/%/chat.yaml $(wildcard dataset_info/safety/*) $$(call changed,$(SAFETY_ARGS),results/$$*/.safety) | $(INSTALLED)
 	$(MEDASST) safety $< --out $(@D) $(SAFETY_ARGS)
+	echo '$(SAFETY_ARGS)' > $(@D)/.safety
 
 # ---- the project itself ---------------------------------------------------------------------------------------------
-.PHONY: doctor test test-slow lint format screenshot bench bench-score bench-data bench-train bench-gpu clean
+.PHONY: doctor test test-slow lint format screenshot bench bench-score bench-data bench-predict bench-train bench-gpu clean
 doctor: $(INSTALLED) ## what this machine has and EXPERIMENT needs: versions, data, model, memory, disk, hours
 	$(MEDASST) doctor $(EXPERIMENT)
 
@@ -224,6 +225,9 @@ bench-score: $(INSTALLED) ## scores and exams against LLaMA-Factory's own way (A
 
 bench-data: $(INSTALLED) ## convert and audit at full size, against a floor and the usual ways (ARGS="--scale 0.1")
 	$(BIN)/python benchmarks/bench_data.py $(ARGS)
+
+bench-predict: $(TRAINED_IF_MISSING) $(DATA)/manifest.json | $(INSTALLED) ## predict in parts against LLaMA-Factory's own order and batch
+	$(BIN)/python benchmarks/bench_predict.py factory_configs/$(EXPERIMENT)/predict.yaml $(ARGS)
 
 bench-train: $(INSTALLED) ## padding against packing and like-length batches, tiny model (ARGS="--data-dir data/real")
 	$(BIN)/python benchmarks/bench_train.py $(ARGS)

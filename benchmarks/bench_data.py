@@ -149,7 +149,7 @@ with open(sys.argv[2], encoding="utf-8") as source:
     records = json.load(source)
 kept = [{"instruction": r["instruction"].strip(), "input": "", "output": r["output"].strip(), "history": r["history"]} for r in records]
 with open(sys.argv[1], "w", encoding="utf-8") as target:
-    json.dump(kept, target, ensure_ascii=False, indent=int(sys.argv[4]) if len(sys.argv) > 4 else None)
+    json.dump(kept, target, ensure_ascii=False)
 """
 
 
@@ -238,25 +238,19 @@ def convert_against_the_floor(raw: Path, out: Path, convert: list[Any], repeat: 
 
 def convert_against_others(raw: Path, out: Path, convert: list[Any], repeat: int) -> None:
     """Convert against what people write instead, each over a corpus that it can read."""
-    datasets, plain = "datasets: load_dataset, map, to_json", "json.load, json.dump"
-    indented = "json.load, json.dump(indent=2), as LLaMA-Factory's own data is written"
-    for corpus, dataset, others, turns in (
-        ("medchatzh/MedChatZH_train.json", "medchatzh_train", {datasets: [DATASETS]}, 1),  # minutes, and far off
-        ("cmtmedqa/CMtMedQA.json", "cmtmedqa_train", {plain: [JSON], indented: [JSON, 2]}, repeat),
+    for corpus, dataset, theirs, code, turns in (
+        # the first takes a minute, and is far off
+        ("medchatzh/MedChatZH_train.json", "medchatzh_train", "datasets: load_dataset, map, to_json", DATASETS, 1),
+        ("cmtmedqa/CMtMedQA.json", "cmtmedqa_train", "json.load, json.dump", JSON, repeat),
     ):
-        places = [out / "theirs.json", raw / corpus, out / "cache"]
-        commands = {name: [sys.executable, "-c", code, *places, *more] for name, (code, *more) in others.items()}
+        commands = {theirs: [sys.executable, "-c", code, out / "theirs.json", raw / corpus, out / "cache"]}
         for workers in (1, 2):
-            commands[f"medasst convert, {workers} worker{'s' * (workers > 1)}"] = [
-                *convert,
-                dataset,
-                "--workers",
-                workers,
-            ]
+            name = f"medasst convert, {workers} worker{'s' * (workers > 1)}"
+            commands[name] = [*convert, dataset, "--workers", workers]
         outcomes = take_turns(commands, turns, [out / "data", out / "theirs.json", out / "cache"])
-        size, first = (raw / corpus).stat().st_size / 1e6, next(iter(outcomes.values()))
+        size, first = (raw / corpus).stat().st_size / 1e6, outcomes[theirs]
         rows = [(name, outcome, size, f"{first.seconds / outcome.seconds:.1f}x") for name, outcome in outcomes.items()]
-        print_table(f"{dataset}, {size:.0f} MB", "times the first row's speed", rows)
+        print_table(f"{dataset}, {size:.0f} MB", "faster", rows)
 
 
 def audit(out: Path, medasst: list[Any], convert: list[Any]) -> None:

@@ -6,6 +6,7 @@ generation whose client has hung up or whose time is over (`stoppable_model`); a
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -52,13 +53,13 @@ class ApiGuard:
         request = Request(scope, receive)
         try:
             self._check_caller(request)
-            match (request.method, scope["path"]):
-                case endpoint if endpoint == CHAT:
-                    await self._chat(request, send_with_notice)
-                case endpoint if endpoint == MODELS:
-                    await self.app(scope, receive, send_with_notice)
-                case method, path:
-                    raise Refused(404, f"No {method} {path[:100]} here; there are /v1/chat/completions and /v1/models")
+            if (request.method, scope["path"]) == CHAT:
+                await self._chat(request, send_with_notice)
+            elif (request.method, scope["path"]) == MODELS:
+                await self.app(scope, receive, send_with_notice)
+            else:
+                asked = f"{request.method} {scope['path'][:100]}"
+                raise Refused(404, f"No {asked} here; there are {' '.join(CHAT)} and {' '.join(MODELS)}")
         except Refused as refused:
             await error_response(refused)(scope, receive, send_with_notice)
         except ClientDisconnect:
@@ -139,7 +140,8 @@ class ApiGuard:
                 logger.exception("the app failed")
             reply.generation.stop(Refused(500, f"The server failed ({type(error).__name__})"))
         if not reply.finished:
-            await reply.refuse(reply.generation.failure or Refused(500, "The server gave no whole answer"))
+            with contextlib.suppress(TimeoutError):  # a client that takes nothing takes no error either
+                await reply.refuse(reply.generation.failure or Refused(500, "The server gave no whole answer"))
 
 
 HUNG_UP = Refused(499, "The client hung up")

@@ -312,7 +312,7 @@ def _convert_pieces(
         return
     waiting: deque = deque()
     for number, piece in enumerate(pieces):
-        part = folder / f"{dataset.name}.{number}.part"
+        part = folder / f"{dataset.name}.{number % (PIECES_AHEAD + 2)}.part"  # used again: new pages cost more
         waiting.append((piece, part, pool.submit(convert_piece, piece, layout, part)))
         if len(waiting) > PIECES_AHEAD:
             yield from _finished(*waiting.popleft())
@@ -328,13 +328,12 @@ def _finished(piece: Piece, part: Path, future: Future) -> Iterator[tuple[Piece,
     with part.open("rb") as outputs:
         for size, result in results:
             yield piece, result._replace(output=outputs.read(size))
-    part.unlink()
 
 
 def convert_piece(piece: Piece, layout: str, part: Path) -> list[tuple[int, BlockResult]]:
     """Convert a piece of a raw file in a worker: the outputs go to `part`, their sizes and all else is returned."""
     results = []
-    with part.open("wb") as outputs:
+    with part.open("r+b" if part.exists() else "wb") as outputs:
         for block in _blocks_of(piece):
             result = convert_block(block, layout)
             results.append((outputs.write(result.output), result._replace(output=b"")))

@@ -13,6 +13,8 @@ import argparse
 import os
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,15 +70,15 @@ def run(args: argparse.Namespace) -> None:
     """Fetch what was asked for; what fails doesn't stop the rest, and is named at the end."""
     files, models = choose(args.names, args.raw_dir, args.exams_dir)
     hubs = [args.source] if args.source else hubs_in_order()
-    failures, told = [], set()
+    failures: list[str] = []
+    told: set[str] = set()
     for file in files:
-        if present := next(
-            (path for path, known in zip(file.places, file.known, strict=True) if not fault_of(path, known)), None
-        ):
-            print(f"{present}: already there")
+        faults = {path: fault_of(path, known) for path, known in zip(file.places, file.known, strict=True)}
+        if present := [path for path, fault in faults.items() if not fault]:
+            print(f"{present[0]}: already there")
         elif elsewhere := file.known[0].get("elsewhere"):
-            note = f"{' or '.join(map(str, file.places))}: no hub has it; put it there from {elsewhere}"
-            note += "".join(f"; what is there {fault_of(path, {})}" for path in file.places if path.is_file())
+            wrong = "".join(f"; {path} {fault}" for path, fault in faults.items() if path.exists())
+            note = f"{' or '.join(map(str, file.places))}: no hub has it; put it there from {elsewhere}{wrong}"
             if args.names:
                 failures.append(note)
             else:
@@ -85,9 +87,12 @@ def run(args: argparse.Namespace) -> None:
             if file.title not in told:
                 print(f"{file.title}: licence {file.licence} ({file.homepage})", flush=True)
                 told.add(file.title)
-            failures += from_first_hub(hubs, lambda hub, file=file: fetch_file(file, hub))
+            if file.path.exists():
+                print(f"{file.path} {faults[file.path]}; fetching it again", flush=True)
+            which = [hub for hub in hubs if file.repositories[hub]] or hubs
+            failures += from_first_hub(which, partial(fetch_file, file))
     for model in models:
-        failures += from_first_hub(hubs[:1], lambda hub, model=model: fetch_model(model, hub, args.models_dir))
+        failures += from_first_hub(hubs[:1], partial(fetch_model, model, args.models_dir))
     if failures:
         raise UserError("\nmedasst download: error: ".join(failures))
 
@@ -98,7 +103,7 @@ def hubs_in_order() -> list[str]:
     return sorted(HUBS, reverse=modelscope_first)
 
 
-def from_first_hub(hubs: list[str], fetch) -> list[str]:
+def from_first_hub(hubs: list[str], fetch: Callable[[str], None]) -> list[str]:
     """Fetch from the first hub that has it; return what to say of each where none has."""
     failures = []
     for hub in hubs:
@@ -131,7 +136,7 @@ def choose(names: list[str], raw_dir: Path, exams_dir: Path) -> tuple[list[Wante
     for name in names:
         if name in experiments["experiments"]:
             models.append(resolve(experiments, name)["model"]["model_name_or_path"][0])
-            if models[-1].startswith("saves/"):
+            if models[-1].startswith("saves/"):  # trained here
                 raise UserError(f"{name}'s model {models[-1]} is no hub's: `make train EXPERIMENT={name}` makes it")
         elif MODEL_ID.fullmatch(name):
             models.append(name)
@@ -167,8 +172,6 @@ def fetch_file(file: Wanted, hub: str) -> None:
     repository = file.repositories[hub]
     if not repository:
         raise UserError(f"{file.path}: {HUBS[hub]} doesn't have {file.title}")
-    if file.path.exists():
-        print(f"{file.path}: {fault_of(file.path, file.known[0])}; fetching it again", flush=True)
     staging = file.path.parent / f".download-{file.path.name}"
     staging.mkdir(parents=True, exist_ok=True)
     with only_one_run(staging / ".lock", f"another run is fetching {file.path}; wait for it"):
@@ -222,7 +225,7 @@ def _file_from_modelscope(repository: str, name: str, folder: Path) -> dict[str,
 FETCH_FILE = {"huggingface": _file_from_huggingface, "modelscope": _file_from_modelscope}
 
 
-def fetch_model(model: str, hub: str, models_dir: Path | None) -> None:
+def fetch_model(model: str, models_dir: Path | None, hub: str) -> None:
     """Fetch a model to where LLaMA-Factory looks for it, or below a folder."""
     folder = models_dir / model if models_dir else None
     try:

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{args.config}: no {config[key]}; `make train EXPERIMENT={Path(config[key]).name}` makes it"
             )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the workers are ended with it
     started, out = time.monotonic(), Path(config["output_dir"])
     about = {"run": check_and_print(config, args.config), "inputs": predict_inputs(config, args.part_size)}
     with locked(out, "written"):

@@ -16,11 +16,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import orjson
 import yaml
@@ -66,13 +66,15 @@ class Answers:
                     self.by_key[row["key"]] = row["predict"]
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[Callable[[str, str], None]]:
+    def kept(self) -> Iterator[Callable[[str, str | None], None]]:
         """Yield a function that keeps an answer."""
         with atomic_writer(self.path) as file:  # without the cut line, or the next would be glued to it
             file.writelines(_line(key, predict) for key, predict in self.by_key.items())
         with self.path.open("ab", buffering=0) as file:
 
-            def keep(key: str, predict: str) -> None:
+            def keep(key: str, predict: str | None) -> None:
+                if predict is None:
+                    raise ValueError("an answer without text is none")
                 self.by_key[key] = predict
                 file.write(_line(key, predict))
 
@@ -137,12 +139,9 @@ def run(args: argparse.Namespace) -> None:
 
 def job_of(args: argparse.Namespace) -> Job:
     """Return what the options say, else the config; UserError if that isn't enough."""
-    address = urlsplit(args.api_base)
-    if address.scheme not in ("http", "https") or not address.hostname or address.username:
-        raise UserError(
-            "--api-base must be http://HOST/v1 or https://HOST/v1; a key belongs into API_KEY"
-            + ("" if address.username else f"; got {args.api_base!r}")
-        )
+    if not re.fullmatch(r"https?://[^\s@]+", args.api_base):
+        got = "" if "@" in args.api_base else f"; got {args.api_base!r}"
+        raise UserError(f"--api-base must be http://HOST/v1 or https://HOST/v1; a key belongs into API_KEY{got}")
     if args.concurrency < 1 or args.timeout <= 0:
         raise UserError("--concurrency must be 1 or more and --timeout above 0")
     config = _read_config(args.predict_config) if args.predict_config else {}
@@ -257,6 +256,8 @@ async def _model(api_base: str, key: str | None, wanted: str | None) -> str:
             if wanted and isinstance(error, openai.NotFoundError):  # an endpoint without a list
                 return wanted
             raise UserError(_explained(error, api_base, key)) from None
+        except (AttributeError, TypeError, ValueError):  # a web page, say, which the client doesn't expect
+            raise UserError(f"{api_base} lists no models: does --api-base end in /v1?") from None
     if not wanted and len(names) != 1:
         raise UserError(f"{api_base} has {len(names)} models ({', '.join(names[:10])}); name one with --model")
     return wanted or names[0]
@@ -269,18 +270,26 @@ async def _ask_all(
     import openai
     from tqdm import tqdm
 
-    refused, tokens, begin, waiting = {}, 0, time.monotonic(), iter(records)
+    refused, tokens, cut, begin, waiting = {}, 0, 0, time.monotonic(), iter(records)
 
     async def worker() -> None:
-        nonlocal tokens
+        nonlocal tokens, cut
         for record in waiting:
             try:
                 completion = await client.chat.completions.create(messages=record.messages, **request)
+                choice = completion.choices[0]
+                keep(record.key, choice.message.content)
+                cut += choice.finish_reason == "length"
+                tokens += completion.usage.completion_tokens if completion.usage else 0
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 refused[record.place] = _reason(error)
-            else:
-                keep(record.key, completion.choices[0].message.content or "")
-                tokens += completion.usage.completion_tokens if completion.usage else 0
+            except (
+                AttributeError,
+                IndexError,
+                TypeError,
+                ValueError,
+            ):  # the client lets any JSON and any text through
+                refused[record.place] = "the answer holds no text"
             bar.update()
             bar.set_postfix_str(f"{tokens / (time.monotonic() - begin):.0f} tokens/s", refresh=False)
 
@@ -298,7 +307,9 @@ async def _ask_all(
         raise UserError(f"{problem}; answers so far are kept in {answers.path}, the same command goes on")
     seconds = time.monotonic() - begin
     rates = f"{len(records) / seconds:.1f} answers/s, {tokens / seconds:.0f} tokens/s"
-    print(f"{len(records)} records asked in {seconds:.0f} s, {args.concurrency} at once: {rates}")
+    print(
+        f"{len(records)} records asked in {seconds:.0f} s, {args.concurrency} at once: {rates}, {cut} cut by max_tokens"
+    )
     return refused
 
 

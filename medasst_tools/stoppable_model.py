@@ -63,7 +63,7 @@ class StoppableModel:
         generation.idle.clear()
         try:
             if generation.failure:
-                raise generation.failure
+                raise InterruptedError  # before the first token
             return self._model.generate(
                 streamer=streamer, stopping_criteria=StoppingCriteriaList([must_stop]), **settings
             )

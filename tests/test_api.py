@@ -21,7 +21,7 @@ import httpx
 import openai
 import pytest
 from conftest import ROOT, make_environment, run_make
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medasst_tools import api, api_guard, api_requests, cli
@@ -38,6 +38,13 @@ CONVERSATION = [
     {"role": "user", "content": "发烧要吃药吗？"},
 ]
 ENDLESS = 3000  # tokens: the random model finds no end, so that an answer takes as long as it may
+
+
+def wait_for(condition, what: str) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, f"waited in vain: {what}"
+        time.sleep(0.02)
 
 
 class Served:
@@ -62,10 +69,7 @@ class Served:
 
     def wait_until_free(self) -> int:
         """Wait until no request is there and return the forward passes that the last one took in the end."""
-        until = time.monotonic() + 30
-        while self.guard.present or self.guard.slots.locked():
-            assert time.monotonic() < until, "the slot was never freed"
-            time.sleep(0.02)
+        wait_for(lambda: not self.guard.present and not self.guard.slots.locked(), "a free slot")
         return self.steps
 
 
@@ -90,8 +94,7 @@ def served(tmp_path_factory):
     listener.bind(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.05)
+    wait_for(lambda: server.started, "the server's start")
     running = Served(guard, listener.getsockname()[1])
     running.engine = engine_of(guard)
     running.model = running.engine.model._model
@@ -316,13 +319,11 @@ def test_beyond_the_queue_is_429_and_who_hangs_up_leaves_it(served, answer, monk
         body = body_of()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         waiting.sendall(head.encode() + body)
-        while served.guard.present < 2:
-            time.sleep(0.01)
+        wait_for(lambda: served.guard.present == 2, "the second request")
         with pytest.raises(openai.RateLimitError) as error:
             served.ask()
         assert error.value.response.headers["retry-after"] == "5" and error.value.code == "queue_full"
-    while served.guard.present > 1:
-        time.sleep(0.01)
+    wait_for(lambda: served.guard.present == 1, "its leaving")
     assert served.guard.slots.locked()  # the first is still at it
     running.close()
 
@@ -383,6 +384,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from([*api_requests.ChatRequest.model_fields, *api_requests.NOT_SUPPORTED]), JSON))
 def test_any_json_is_a_request_or_is_refused(fields):
     try:

@@ -176,7 +176,7 @@ def test_without_names_everything_that_a_hub_has(tmp_path, hub):
     with huatuo.open("wb") as file:
         file.truncate(333_326_040)
     result = run(hub, tmp_path, USE_MODELSCOPE_HUB="1")
-    # C-Eval is on neither hub here: one line each; what no hub ever has is told, and no error
+    # C-Eval is on neither hub here: a line for each; what no hub ever has is told, and no error
     assert (
         result.returncode == 2
         and len(mistakes(result)) == 2
@@ -207,7 +207,10 @@ def test_a_file_that_no_hub_has_is_an_error_only_by_name(tmp_path, hub):
     (folder / "test.zip").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     result = run(hub, tmp_path, "webmedqa")
     assert len(mistakes(result)) == 1 and "is a Git LFS pointer" in mistakes(result)[0]
-    assert hub.asked == []
+    (tmp_path / "raw/cmtmedqa").mkdir()
+    (tmp_path / "raw/cmtmedqa/CMtMedQA_test.json").write_bytes(b"[]")
+    result = run(hub, tmp_path, "cmtmedqa_test")
+    assert "has 2 bytes instead of 2,477,458" in mistakes(result)[0] and hub.asked == []
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])

@@ -1,0 +1,117 @@
+"""The training benchmarks do what their tables say: same records in every leg, tokens counted right, real shape; on the tiniest models."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_gpu  # noqa: E402
+import bench_train  # noqa: E402
+
+from medasst_tools.tiny_model import build_tiny_model  # noqa: E402
+from medasst_tools.training_cost import ModelShape, base_config  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and 96 records, of lengths from one sentence to more than cutoff_len, one with a history."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "data").mkdir()
+    records = [
+        {"instruction": "头痛怎么办？" * (1 + n % 5), "input": "", "output": "建议休息。" * (1 + 7 * (n % 24))}
+        for n in range(96)
+    ]
+    records[5]["history"] = [["您好", "您好，请说。"]]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (folder / "data/a_train.jsonl").write_text(text, encoding="utf-8")
+    assert bench_train.write_dataset(folder / "data", folder, 200) == 96
+    build_tiny_model(
+        ["头痛怎么办？\n建议休息。您好，请说。"] * 9, folder / "model", vocab_size=300, hidden_size=32, layers=1
+    )
+    return folder
+
+
+def test_every_way_of_batching_trains_the_same_tokens(folder, capsys):
+    from medasst_tools.audit_tokens import load_encoder
+
+    legs = {name: [bench_train.run_leg(folder, name)] for name in bench_train.VARIANTS}
+    paper, alike, packed = (legs[name][0] for name in bench_train.VARIANTS)
+    config = bench_train.leg_config(folder, next(iter(bench_train.VARIANTS)))
+    encode = load_encoder(str(folder / "model"), config)
+    lines = (folder / "bench.jsonl").read_text(encoding="utf-8").splitlines()
+    tokens = [sum(len(a) + len(b) for a, b in encode(json.loads(line))) for line in lines]
+    assert paper.useful == alike.useful == sum(min(length, bench_train.CUTOFF) for length in tokens)
+    cut = sum(length >= bench_train.CUTOFF for length in tokens)
+    assert packed.useful == paper.useful - cut  # a packed record has one token less, LLaMA-Factory's own margin
+    assert paper.steps == alike.steps == 24 and packed.steps == packed.padded / 1024
+    assert 1 < packed.padded / packed.useful < 1.2 and alike.padded < 0.9 * paper.padded
+    bench_train.print_table(legs)
+    table = capsys.readouterr().out
+    assert f"limit: {paper.padded / paper.useful:.3f}" in table and table.count("\n| ") == 4
+
+
+def test_lengths_are_the_stored_ones():
+    import random
+
+    generator = random.Random(1)
+    drawn = [bench_gpu.length("answer", generator) for _ in range(4000)]
+    for share, point in zip(bench_gpu.SHARES, bench_gpu.LENGTHS["answer"], strict=True):
+        assert sum(length <= point for length in drawn) / len(drawn) == pytest.approx(share, abs=0.02)
+    records = bench_gpu.make_records(["头痛怎么办？建议休息。"], 5, 2)
+    assert [len(record["output"]) for record in records[:2]] == [4000, 4000] and len(records) == 7
+
+
+def test_the_random_model_is_whole_and_of_its_shape(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config = base_config("Qwen/Qwen2-7B") | bench_gpu.TINY
+    bench_gpu.write_random_model(config, tmp_path, "cpu")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert sum(p.numel() for p in model.parameters()) == ModelShape.from_config(config).parameters
+    assert 0.01 < model.lm_head.weight.float().std() < 0.03
+
+
+@pytest.mark.parametrize("experiment", list(bench_gpu.CARDS)[1:])
+def test_the_variants_run_on_a_cpu(tmp_path, experiment):
+    if bench_gpu.missing(experiment, True):
+        pytest.skip(bench_gpu.missing(experiment, True))
+    config = base_config("Qwen/Qwen2-7B") | bench_gpu.TINY
+    bench_gpu.write_inputs(tmp_path, 40, config, "cpu")
+    measured = bench_gpu.run_leg(experiment, tmp_path, True, 1, None)
+    assert len(measured["seconds"]) == bench_gpu.LONG_STEPS + bench_gpu.WARM_STEPS + 1
+    line = bench_gpu.row(experiment, measured, ModelShape.from_config(config), 1e12, 100.0, True)
+    assert re.fullmatch(
+        rf"\| {experiment} \| \d x \d x 128 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d,]+ \| [\d.]+% \| [\d,]+ \|", line
+    )
+
+
+def test_make_bench_gpu_on_a_cpu():
+    """The command itself, with a process for the experiment; what lacks its config says so in its row."""
+    words = [
+        sys.executable,
+        str(ROOT / "benchmarks/bench_gpu.py"),
+        "--cpu",
+        "--steps",
+        "1",
+        "medasst",
+        "no_such_experiment",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert re.match(r"\| medasst \| 4 x 1 x 128 \| \d\.\d \|", rows[1])
+    assert "| no factory_configs/no_such_experiment/train.yaml: `medasst render` writes it" in rows[2]
+    assert "no statement about 7B" in done.stdout and "mean 2" in done.stdout
+
+
+def test_without_a_gpu_bench_gpu_is_one_line(tmp_path):
+    words = [sys.executable, str(ROOT / "benchmarks/bench_gpu.py")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env={"PATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr == "bench_gpu: no NVIDIA GPU here; --cpu runs the same code with a tiny shape\n"
+    assert not list(Path(tmp_path).iterdir())
