@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -179,6 +180,8 @@ def fetch_file(file: Wanted, hub: str) -> None:
         try:
             known = FETCH_FILE[hub](repository, file.path.name, staging)
         except Exception as error:  # two clients with a dozen kinds of errors each: `reason` names those that it knows
+            if [path.name for path in staging.iterdir()] == [".lock"]:
+                shutil.rmtree(staging)
             raise UserError(f"{file.path}: {reason(error, hub, repository)}") from error
         if fault := fault_of(fetched, known | file.known[0]):
             shutil.rmtree(staging)
@@ -294,4 +297,4 @@ MIRRORS = {"huggingface": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return textwrap.shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 160)

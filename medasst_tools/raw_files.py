@@ -18,7 +18,7 @@ import orjson
 
 from medasst_tools.errors import UserError
 
-BLOCK_BYTES = 1 << 18  # what fits in a core's own cache: with 4 MiB convert takes a third more processor time
+BLOCK_BYTES = 1 << 17  # what fits in a core's own cache: with 4 MiB convert takes a third more processor time
 SPAN_BYTES = 1 << 22
 MAX_RECORD_BYTES = 1 << 24  # the longest answer of the corpora has 6,608 characters; a longer "line" is damage
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more

@@ -162,6 +162,7 @@ def test_errors_are_one_line(tmp_path, hub, source, name, spoil, more, message):
     result = run(hub, tmp_path, name, "--source", source, **more)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert [message in line for line in mistakes(result)] == [True], result.stderr
+    assert not list(tmp_path.rglob(".download-*"))
 
 
 def test_without_names_everything_that_a_hub_has(tmp_path, hub):
