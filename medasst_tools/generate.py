@@ -33,6 +33,7 @@ from medasst_tools.run_manifest import check_and_print
 from medasst_tools.train import NEUTRAL_SETTINGS, dataset_file, load_config, locked
 
 PART_SIZE = 256  # records: minutes of a 7B model, which is what a kill can cost, against seconds to load it again
+LIKE = 0.5  # so that padding at most doubles a batch, for a handful of parts more
 CONTEXT = multiprocessing.get_context("spawn")  # importing LLaMA-Factory touches the GPU, which a fork doesn't survive
 WORK = ".predicting"
 PREDICTIONS, RESULTS, ABOUT = "generated_predictions.jsonl", "predict_results.json", "predictions.json"
@@ -138,10 +139,15 @@ def _prompt_length(line: bytes, path: Path, number: int) -> int:
 def cut_into_parts(records: Iterator[Record], size: int) -> list[Part]:
     """Return parts of like length, the longest first: what doesn't fit the memory shows at once, not after hours.
 
+    A part ends after `size` records, or where a prompt is less than LIKE of the part's longest, to which it would be padded.
     Inside a part the records are grouped by dataset, as LLaMA-Factory reads them.
     """
     ordered = sorted(records, key=lambda record: -record.length)
-    chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    chunks: list[list[Record]] = []
+    for record in ordered:
+        if not chunks or len(chunks[-1]) == size or record.length < LIKE * chunks[-1][0].length:
+            chunks.append([])
+        chunks[-1].append(record)
     order = {name: at for at, name in enumerate(dict.fromkeys(r.dataset for r in sorted(ordered)))}
     return [
         Part(number, sorted(chunk, key=lambda record: order[record.dataset])) for number, chunk in enumerate(chunks)

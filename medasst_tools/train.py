@@ -49,6 +49,7 @@ NEUTRAL_SETTINGS = {
     "save_steps",
     "save_total_limit",
 }
+LOCK_PATIENCE = 5.0  # seconds: one that was just killed takes a moment to end
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "medasst-tools")
 
 
@@ -171,10 +172,17 @@ def locked(output_dir: Path, what: str = "trained") -> Iterator[int]:
     path = output_dir.parent / f".{output_dir.name}.lock"  # beside the folder, which may be moved or removed
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{output_dir} is being {what} by another process; wait for it, or end it first") from None
+        until = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"{output_dir} is being {what} by another process; wait for it, or end it first"
+                    ) from None
+                time.sleep(0.1)
         yield file.fileno()
 
 

@@ -227,7 +227,8 @@ def test_every_processs_part_of_a_deepspeed_checkpoint_must_be_there(tmp_path, d
     assert (fault is None) if message is None else (message in fault)
 
 
-def test_no_two_trainings_in_one_folder(tiny_run, tmp_path, capsys):
+def test_no_two_trainings_in_one_folder(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "LOCK_PATIENCE", 0.1)
     (tmp_path / ".run.lock").touch()
     with (tmp_path / ".run.lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
