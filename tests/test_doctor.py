@@ -336,6 +336,14 @@ def test_drivers(driver, cuda, problem):
     assert said is None if problem is None else problem in said
 
 
+def test_every_extra_of_pyproject_is_known_by_its_package():
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for package, extra in preflight.SETUP_EXTRAS.items():
+        assert any(line.startswith(package) for line in extras[extra])
+
+
 def test_torch_build_is_torchs_own():
     import torch
 
