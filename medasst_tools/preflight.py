@@ -51,7 +51,7 @@ def require(config: dict[str, Any]) -> None:
         if check.status == "fail":
             failed.append(check)
             break  # the later ones ask more, and cost more
-        if check.status == "warn":
+        if check.status == "warn" or (check.status, check.what) == ("unknown", "model"):
             print(f"warning: {check.line()}")
     if failed:
         raise UserError(failed[0].line())
