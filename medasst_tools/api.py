@@ -13,6 +13,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from medasst_tools import preflight
 from medasst_tools.errors import UserError
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     if args.queue < 0 or args.time_limit <= 0 or concurrent < 1:
         raise UserError("--queue must be 0 or more, --time-limit above 0 and MAX_CONCURRENT 1 or more")
     config = load_config(args.chat_config, args.overrides)
+    preflight.require(config)
     name = os.environ.get("API_MODEL_NAME") or args.chat_config.resolve().parent.name
     with _bind(host, port) as listener:  # before the model is loaded, which takes a while
         app = build_app(config, name, key, concurrent, args.queue, args.time_limit)

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medasst_tools import preflight
 from medasst_tools.errors import UserError
 from medasst_tools.exam import load_chat_config
 from medasst_tools.notice import NOTICE_EN, NOTICE_ZH, TITLE
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     if bad := [word for word in args.overrides if "=" not in word or word.startswith("-")]:
         raise UserError(f"override {bad[0]!r} must be key=value, without dashes")
     address = None if args.terminal else read_address(os.environ)
+    preflight.require(config)
     print(f"{NOTICE_ZH}\n{NOTICE_EN}", flush=True)
     # LLaMA-Factory's chats read their config from the command line
     sys.argv = ["llamafactory-cli", str(args.chat_config), *args.overrides]

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from medasst_tools import preflight
 from medasst_tools.corpora import load_datasets
 from medasst_tools.errors import UserError
 from medasst_tools.exported_prompts import correct_prompts
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         return
     if target.is_dir() and any(target.iterdir()) and not (target / DONE).is_file():
         raise UserError(f"{target} holds something that `medasst export` didn't write; move it or give export_dir=...")
+    preflight.require(config)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         made = Path(folder) / target.name

@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medasst_tools import preflight
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import atomic_writer, model_sha256, read_jsonl, sha256_of, write_json
 from medasst_tools.launch import count_gpus
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{args.config}: no {config[key]}; `make train EXPERIMENT={Path(config[key]).name}` makes it"
             )
+    preflight.require(config)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the workers are ended with it
     started, out = time.monotonic(), Path(config["output_dir"])
     about = {"run": check_and_print(config, args.config), "inputs": predict_inputs(config, args.part_size)}

@@ -17,7 +17,7 @@ TRUE = ("1", "true", "y", "yes", "on")
 
 
 class Located(NamedTuple):
-    """Where a model is. status: ok (usable now, or after its download), fail, or unknown (the hub doesn't answer)."""
+    """Where a model is. status: ok (usable now, or after its download), fail, or unknown (the hub answers late or wrongly)."""
 
     status: str
     detail: str
@@ -206,14 +206,13 @@ def _ask_modelscope(model: str, revision: str | None) -> Located:
 
 
 def _unreachable(model: str, error: Exception) -> Located:
-    step = "check the network, HF_ENDPOINT or MODELSCOPE_DOMAIN, or give a local folder"
-    return Located(
-        "unknown",
-        f"{endpoint()} is unreachable ({type(error).__name__}), and {model} isn't in the cache",
-        step,
-        None,
-        True,
-    )
+    """A refused connection or an unknown host stays so; a slow answer may come yet."""
+    import httpx
+
+    status = "fail" if isinstance(error, httpx.ConnectError | httpx.InvalidURL) else "unknown"
+    detail = f"{model} isn't in the cache, and {endpoint()} is unreachable ({type(error).__name__})"
+    step = "check the network, HF_ENDPOINT or MODELSCOPE_ENDPOINT, or give a local folder"
+    return Located(status, detail, step, None, True)
 
 
 def _json(text: str) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from medasst_tools.files import PROJECT_ROOT
 CONSTRAINTS = PROJECT_ROOT / "constraints.txt"
 # The oldest driver that a CUDA version's programs run on (NVIDIA's table of minor-version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-OTHER_ACCELERATORS = ("/dev/kfd", "/dev/davinci_manager", "/dev/dri/by-path")  # AMD, Ascend, Intel: seen, not judged
+OTHER_ACCELERATORS = ("/dev/kfd", "/dev/davinci_manager")  # AMD, Ascend: seen, not judged
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

@@ -27,6 +27,7 @@ EXTRAS = {
     "flash-attn": ("FlashAttention-2; without it PyTorch's own attention", lambda config: config.get("flash_attn") == "fa2"),
     "vllm": ("fast generation on a GPU", lambda config: config.get("infer_backend") == "vllm"),
 }  # fmt: skip
+SETUP_EXTRAS = {"deepspeed": "distributed", "bitsandbytes": "qlora", "liger-kernel": "gpu"}  # pyproject.toml's names
 OPTIONAL = {"flash-attn"}  # LLaMA-Factory goes on without it, with a warning
 
 
@@ -50,7 +51,7 @@ def require(config: dict[str, Any]) -> None:
         if check.status == "fail":
             failed.append(check)
             break  # the later ones ask more, and cost more
-        if check.status == "warn":
+        if check.status == "warn" or (check.status, check.what) == ("unknown", "model"):
             print(f"warning: {check.line()}")
     if failed:
         raise UserError(failed[0].line())
@@ -93,15 +94,22 @@ def check_extras(config: dict[str, Any]) -> Iterator[Check]:
                 "warn",
                 package,
                 f"{package} isn't installed ({purpose})",
-                f"`uv pip install {package}` makes it faster",
+                f"`{install(package)}` makes it faster",
             )
         else:
             yield Check(
                 "fail",
                 package,
                 f"{package} isn't installed, and this config needs it ({purpose})",
-                f"`uv pip install {package}`",
+                f"`{install(package)}`",
             )
+
+
+def install(package: str) -> str:
+    """Return the command that installs an optional package."""
+    if package in SETUP_EXTRAS:
+        return f"make setup EXTRAS={SETUP_EXTRAS[package]}"
+    return f".venv/bin/uv pip install --constraint constraints.txt {package}"
 
 
 def on_cpu(config: dict[str, Any]) -> bool:
@@ -169,6 +177,8 @@ def check_memory(config: dict[str, Any], shape: ModelShape | None, gpus: list[ma
     """Compare the formula's peak with the smallest card, or with the memory that is free."""
     if shape is None:
         return Check("unknown", "memory", "the model's shape isn't known, so neither is the memory it takes")
+    if any(key.startswith("offload") for key in training_cost.zero_settings(config)):
+        return Check("unknown", "memory", "DeepSpeed offloads to the CPU: the formula doesn't cover that")
     gpu = not on_cpu(config) and config.get("export_device") != "cpu" and (bool(gpus) or needs_gpu(config) is not None)
     need = memory_needed(config, shape, gpu=gpu, together=processes(gpus))
     where = "GPU memory" if gpu else "memory"

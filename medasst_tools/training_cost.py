@@ -145,8 +145,7 @@ class Method:
     def from_config(cls, config: dict[str, Any], processes: int = 1) -> "Method":
         """Read a train.yaml; `processes` is how many train together."""
         lora = config.get("finetuning_type", "lora") == "lora"
-        deepspeed = config.get("deepspeed")
-        stage = deepspeed.get("zero_optimization", {}).get("stage") if isinstance(deepspeed, dict) else None
+        stage = zero_settings(config).get("stage")
         return cls(
             lora_rank=config.get("lora_rank", 8) if lora else None,
             batch=config.get("per_device_train_batch_size", 8),
@@ -158,6 +157,18 @@ class Method:
             liger=bool(config.get("enable_liger_kernel")),
             shards=processes if stage == 3 or config.get("fsdp") else 1,
         )
+
+
+def zero_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return DeepSpeed's zero_optimization of a train.yaml, which may hold it or name its file; {} without."""
+    deepspeed = config.get("deepspeed")
+    if isinstance(deepspeed, str):
+        try:
+            deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            deepspeed = None
+    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
+    return zero if isinstance(zero, dict) else {}
 
 
 def base_config(model: str, path: Path = BASE_MODELS) -> dict[str, Any] | None:

@@ -154,7 +154,7 @@ def test_an_unreachable_or_broken_hub_is_unknown_not_a_crash(workplace, hub, clo
         env |= {"MODELSCOPE_HOME": str(workplace), "MODELSCOPE_CACHE": str(workplace)} | variables
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         model, itself = done.stdout.splitlines()
-        assert model.startswith("unknown") and expected[0] in model and done.stderr == ""
+        assert model.startswith("unknown" if address == hub else "fail") and expected[0] in model and done.stderr == ""
         assert itself.startswith("ok" if address == hub else "unknown") and expected[1] in itself
 
 
@@ -334,6 +334,14 @@ def test_packages_against_constraints(tmp_path):
 def test_drivers(driver, cuda, problem):
     said = machine.driver_problem(driver, cuda)
     assert said is None if problem is None else problem in said
+
+
+def test_every_extra_of_pyproject_is_known_by_its_package():
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for package, extra in preflight.SETUP_EXTRAS.items():
+        assert any(line.startswith(package) for line in extras[extra])
 
 
 def test_torch_build_is_torchs_own():

@@ -10,7 +10,7 @@ from medasst_tools import training_cost
 from medasst_tools.tiny_model import build_tiny_model
 from medasst_tools.training_cost import Method, ModelShape
 
-BASES = yaml.safe_load(training_cost.BASE_MODELS.read_text(encoding="utf-8"))
+BASES = [base for base in yaml.safe_load(training_cost.BASE_MODELS.read_text(encoding="utf-8")) if "config" in base]
 QWEN2_7B = BASES[0]["config"]
 
 
@@ -215,13 +215,16 @@ def tracked_peak(config: dict, method: Method, dtype: str) -> int:
 
 
 # ---- what a config says, cards, rates -------------------------------------------------------------------------------
-def test_methods_of_the_rendered_configs():
+def test_methods_of_the_rendered_configs(tmp_path):
     medasst = yaml.safe_load((training_cost.PROJECT_ROOT / "factory_configs/medasst/train.yaml").read_text("utf-8"))
     assert Method.from_config(medasst) == Method(lora_rank=8, batch=4, cutoff=512)
     base = yaml.safe_load((training_cost.PROJECT_ROOT / "factory_configs/demo_base/train.yaml").read_text("utf-8"))
     assert Method.from_config(base) == Method(lora_rank=None, batch=8, cutoff=256, recompute=False, mixed=False)
     zero3 = medasst | {"deepspeed": {"zero_optimization": {"stage": 3}}}
     assert Method.from_config(zero3, 8).shards == 8
+    (tmp_path / "ds.json").write_text(json.dumps(zero3["deepspeed"]))
+    assert Method.from_config(medasst | {"deepspeed": str(tmp_path / "ds.json")}, 8).shards == 8
+    assert Method.from_config(medasst | {"deepspeed": "no/such.json"}, 8).shards == 1
     shape = ModelShape.from_config(QWEN2_7B)
     whole, quarter = (training_cost.resting_bytes(shape, Method(shards=n)) for n in (1, 4))
     assert quarter == whole / 4
