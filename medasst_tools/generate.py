@@ -6,8 +6,8 @@ predict_results.json.
 
 LLaMA-Factory predicts in file order, pads each batch to its longest prompt, keeps one batch size that must suit the
 longest of all, and writes nothing until the last answer. So the records are sorted by length and cut into parts; each
-part is one LLaMA-Factory prediction with as many records a batch as the padded tokens that the config allows for its
-longest prompt, in a process that imports LLaMA-Factory once; finished parts stay. Greedy answers don't depend on the batch
+part is one LLaMA-Factory prediction, on a GPU with as many records a batch as the padded tokens that the config allows for
+its longest prompt, in a process that imports LLaMA-Factory once; finished parts stay. Greedy answers don't depend on the batch
 but for rounding (docs/runs.md).
 """
 
@@ -207,12 +207,15 @@ class Crew:
         settings = DEFAULTS | {key: value for key, value in config.items() if value is not None}
         self.config, self.work, self.devices = config, work, devices
         self.cutoff, self.new_tokens = settings["cutoff_len"], settings["max_new_tokens"]
+        self.batch = settings["per_device_eval_batch_size"]
         # what the config lets a batch of the longest prompts have: padded prompts and answers
-        self.budget = settings["per_device_eval_batch_size"] * (self.cutoff + self.new_tokens)
+        self.budget = self.batch * (self.cutoff + self.new_tokens)
+        self.on_gpu = "CUDA_VISIBLE_DEVICES" in devices[0]
 
     def batch_size(self, part: Part) -> int:
-        """Return how many of the part's records fit the budget at once."""
-        return max(1, min(len(part.records), self.budget // self._tokens(part)))
+        """Return how many of the part's records go at once: on a GPU all that fit the budget; more is no faster on a CPU."""
+        most = len(part.records) if self.on_gpu else min(self.batch, len(part.records))
+        return max(1, min(most, self.budget // self._tokens(part)))
 
     def _tokens(self, part: Part) -> int:
         return min(part.longest, self.cutoff) + self.new_tokens

@@ -124,7 +124,7 @@ def greedy_for_memory(connection, environment, log):
 def test_too_little_memory_halves_the_batch(forkserver, monkeypatch, predict_config, plain, capsys):
     monkeypatch.setattr(generate, "CONTEXT", forkserver)
     monkeypatch.setattr(generate, "work_on_parts", greedy_for_memory)
-    out = answer(predict_config, "small", "max_samples=4")
+    out = answer(predict_config, "small", "max_samples=4", "per_device_eval_batch_size=8")
     said = capsys.readouterr().out
     assert "out of memory with 8 records" in said and "going on with 4" in said and "going on with 2" in said
     rows = (out / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -151,7 +151,8 @@ def test_parts_hold_every_record_once_the_longest_first():
 def test_a_batch_has_as_many_tokens_as_the_config_allows_for_its_longest(longest, batch, tmp_path):
     config = {"per_device_eval_batch_size": 8, "cutoff_len": 4096, "max_new_tokens": 512}
     part = Part(0, [record(at, longest) for at in range(64)])
-    assert Crew(config, tmp_path, [{}]).batch_size(part) == batch
+    assert Crew(config, tmp_path, [{"CUDA_VISIBLE_DEVICES": "0"}]).batch_size(part) == batch
+    assert Crew(config, tmp_path, [{}]).batch_size(part) == 8  # on a CPU
 
 
 def test_results_are_means_over_records():
