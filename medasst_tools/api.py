@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> None:
     if args.queue < 0 or args.time_limit <= 0 or concurrent < 1:
         raise UserError("--queue must be 0 or more, --time-limit above 0 and MAX_CONCURRENT 1 or more")
     config = load_config(args.chat_config, args.overrides)
-    preflight.require(config)
     name = os.environ.get("API_MODEL_NAME") or args.chat_config.resolve().parent.name
     with _bind(host, port) as listener:  # before the model is loaded, which takes a while
+        preflight.require(config)
         app = build_app(config, name, key, concurrent, args.queue, args.time_limit)
         address = f"http://{host}:{listener.getsockname()[1]}/v1"
         print(f"{address} serves {name}. This is no doctor: say so to who reads it.", flush=True)
