@@ -179,8 +179,8 @@ def check_experiment(configs: dict[str, dict[str, Any]]) -> Iterator[Check]:
         )
     yield Check(located.status, "model", located.detail, located.step)
     gpus = machine.gpus()
-    for kind in configs.values():
-        yield from (check for check in preflight.check_extras(kind) if check.status != "ok")
+    extras = (check for kind in configs.values() for check in preflight.check_extras(kind) if check.status != "ok")
+    yield from dict.fromkeys(extras)  # training, prediction and chat ask for the same
     yield preflight.check_device(config, gpus)
     shape = preflight.shape_of(config, located)
     yield preflight.check_memory(config, shape, gpus)
