@@ -140,7 +140,7 @@ saves/demo/run.json: saves/demo_base/run.json
 predict: results/$(EXPERIMENT)/generated_predictions.jsonl ## answer the dialogue test set (BACKEND=api API_BASE=URL: through an endpoint)
 exam: results/$(EXPERIMENT)/exam.json ## answer the exam questions (SHOTS=0 or 5)
 report: results/report.md ## write results/report.md and report.html (REPORT_LANG=zh)
-eval: results/report.md ## everything, from installation to report, for $(EXPERIMENTS)
+eval: results/report.md ## everything, from installation to report (EXPERIMENTS="demo demo_base")
 
 # a tuned model must be trained before it answers; one behind an endpoint is there already
 LOCAL_PREDICTIONS = $(if $(filter api,$(BACKEND)),,results/$(1)/generated_predictions.jsonl)
