@@ -22,8 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "LLAMAFACTORY_VERBOSITY": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
-os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "dataset_info" / "samples"
 SEED = 42
@@ -249,6 +247,8 @@ def row(experiment: str, measured: dict[str, Any], shape, peak: float | None, me
 
 def main() -> None:
     """Make the inputs, run every experiment in a process of its own, print the table."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "LLAMAFACTORY_VERBOSITY": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiments", nargs="*", default=list(CARDS), help=f"default: {' '.join(CARDS)}")
     parser.add_argument("--cpu", action="store_true", help="the same code on a CPU, with a tiny shape")

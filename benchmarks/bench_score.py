@@ -22,7 +22,6 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ |= {"LLAMAFACTORY_VERBOSITY": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "dataset_info" / "samples"
 PAIRS = 8975  # the paper's dialogue test set
@@ -170,6 +169,7 @@ def print_table(unit: str, count: int, rows: list[tuple[str, float, float]]) -> 
 
 def main() -> None:
     """Run both comparisons; exit 1 if the scores or answers differ."""
+    os.environ |= {"LLAMAFACTORY_VERBOSITY": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--exams-dir", type=Path, default=SAMPLES / "exams", help="as released (the samples)")
     parser.add_argument("--pairs", type=int, default=PAIRS, help=f"dialogues ({PAIRS})")

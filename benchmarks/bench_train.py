@@ -24,8 +24,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "LLAMAFACTORY_VERBOSITY": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
-os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "dataset_info" / "samples"
 SEED = 42
@@ -131,6 +129,8 @@ def print_table(legs: dict[str, list[Leg]]) -> None:
 
 def main() -> None:
     """Make model and data, run every leg in turn, print the table."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "LLAMAFACTORY_VERBOSITY": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="a folder that `medasst convert` wrote (default: the samples)")
     parser.add_argument("--records", type=int, default=500, help="records a leg (500)")

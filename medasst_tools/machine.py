@@ -117,7 +117,9 @@ def differing_packages(constraints: Path = CONSTRAINTS) -> list[str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    there = {canonicalize_name(d.metadata["Name"]): d.version for d in metadata.distributions()}
+    there: dict[str, str] = {}
+    for package in metadata.distributions():  # the first on the path counts: setuptools puts copies of its own behind
+        there.setdefault(canonicalize_name(package.metadata["Name"]), package.version)
     differing = []
     for line in constraints.read_text(encoding="utf-8").splitlines():
         if not line.strip() or line.startswith("#"):

@@ -12,11 +12,24 @@ from pathlib import Path
 import pytest
 import yaml
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers, each with as many threads as cores, wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test means a hub, and a wrong path should fail at once
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "dataset_info" / "samples"
 REAL_DATA = Path(os.environ.get("MEDASST_REAL_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Give each of the two workers whole files, because what a file's fixtures make should be made once.
+
+    All tests that read the outcome of `make eval` go to one worker, and first: they take longest.
+    """
+    for item in items:
+        needs_eval = "project" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("evaluated" if needs_eval else item.path.name))
+    items.sort(key=lambda item: "project" not in item.fixturenames)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,14 @@ def trained(tmp_path):
     for folder, name in ((base, "model.safetensors"), (adapter, "adapter_model.safetensors")):
         folder.mkdir(parents=True)
         save_file({"weight": numpy.zeros(8, dtype=numpy.float32)}, folder / name)
+    shape = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": 8,
+    }
+    (base / "config.json").write_text(json.dumps({"model_type": "qwen2"} | shape), encoding="utf-8")
     settings = {"template": "qwen", "default_system": "你是医疗助手。" * 20, "model_name_or_path": str(base)}
     run = {
         "inputs": {
