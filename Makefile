@@ -200,7 +200,7 @@ doctor: $(INSTALLED) ## what this machine has and EXPERIMENT needs: versions, da
 	$(MEDASST) doctor $(EXPERIMENT)
 
 test: $(INSTALLED) ## every test
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-slow: $(INSTALLED) ## the long forms: ten kills of `make train`, two machines resumed, a worker that dies
 	$(BIN)/pytest -m slow $(ARGS)
