@@ -146,8 +146,14 @@ data.map(convert).to_json(sys.argv[1], force_ascii=False)
 JSON = """
 import sys, json
 with open(sys.argv[2], encoding="utf-8") as source:
-    records = json.load(source)
-kept = [{"instruction": r["instruction"].strip(), "input": "", "output": r["output"].strip(), "history": r["history"]} for r in records]
+    array = source.read(1) == "["
+    source.seek(0)
+    records = json.load(source) if array else [json.loads(line) for line in source]
+kept = []
+for record in records:
+    kept.append({"instruction": record["instruction"].strip(), "input": "", "output": record["output"].strip()})
+    if "history" in record:
+        kept[-1]["history"] = [[user.strip(), doctor.strip()] for user, doctor in record["history"]]
 with open(sys.argv[1], "w", encoding="utf-8") as target:
     json.dump(kept, target, ensure_ascii=False)
 """
@@ -238,19 +244,32 @@ def convert_against_the_floor(raw: Path, out: Path, convert: list[Any], repeat: 
 
 def convert_against_others(raw: Path, out: Path, convert: list[Any], repeat: int) -> None:
     """Convert against what people write instead, each over a corpus that it can read."""
-    for corpus, dataset, theirs, code, turns in (
+    for corpus, dataset, others, turns in (
         # the first takes a minute, and is far off
-        ("medchatzh/MedChatZH_train.json", "medchatzh_train", "datasets: load_dataset, map, to_json", DATASETS, 1),
-        ("cmtmedqa/CMtMedQA.json", "cmtmedqa_train", "json.load, json.dump", JSON, repeat),
+        (
+            "medchatzh/MedChatZH_train.json",
+            "medchatzh_train",
+            {"datasets: load_dataset, map, to_json": DATASETS, "json.loads a line, json.dump": JSON},
+            1,
+        ),
+        ("cmtmedqa/CMtMedQA.json", "cmtmedqa_train", {"json.load, json.dump": JSON}, repeat),
     ):
-        commands = {theirs: [sys.executable, "-c", code, out / "theirs.json", raw / corpus, out / "cache"]}
+        commands = {
+            name: [sys.executable, "-c", code, out / "theirs.json", raw / corpus, out / "cache"]
+            for name, code in others.items()
+        }
         for workers in (1, 2):
             name = f"medasst convert, {workers} worker{'s' * (workers > 1)}"
             commands[name] = [*convert, dataset, "--workers", workers]
         outcomes = take_turns(commands, turns, [out / "data", out / "theirs.json", out / "cache"])
-        size, first = (raw / corpus).stat().st_size / 1e6, outcomes[theirs]
-        rows = [(name, outcome, size, f"{first.seconds / outcome.seconds:.1f}x") for name, outcome in outcomes.items()]
-        print_table(f"{dataset}, {size:.0f} MB", "faster", rows)
+        size = (raw / corpus).stat().st_size / 1e6
+        rows = []
+        for name, outcome in outcomes.items():
+            faster = [f"{outcomes[other].seconds / outcome.seconds:.1f}x" for other in others]
+            rows.append((name, outcome, size, ", ".join(faster)))
+        print_table(
+            f"{dataset}, {size:.0f} MB", f"faster than {' and '.join(name.split(':')[0] for name in others)}", rows
+        )
 
 
 def audit(out: Path, medasst: list[Any], convert: list[Any]) -> None:
