@@ -32,6 +32,7 @@ from medasst_tools.raw_files import (
     SPAN_BYTES,
     Block,
     Span,
+    lines_before,
     open_raw,
     read_blocks,
     read_span,
@@ -275,13 +276,16 @@ def _results(dataset: Dataset, path: Path, folder: Path, pool: Executor) -> Iter
         open_raw(path, tell) as stream,
         tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=dataset.name, disable=None) as bar,
     ):
-        spans, read = spans_of(path, stream, dataset.corpus.layout), 0
+        spans = spans_of(path, stream, dataset.corpus.layout)
+        read, lines, counted = 0, 0, None
         pieces = spans or _grouped(read_blocks(stream, dataset.corpus.layout))
         for piece, result in _convert_pieces(pieces, dataset, folder, pool):
-            if (
-                spans and result.rejected
-            ):  # a span's lines are numbered from 1 in each block; each line is a record read
-                result = result._replace(rejected=[(read + line, *rest) for line, *rest in result.rejected])
+            if spans and result.rejected:
+                before = read  # lines are numbered from 1 in each block, and each is a record read
+                if piece.marker:  # an array's from 1 in each span
+                    lines, counted = lines_before(piece, counted, lines), piece
+                    before = lines
+                result = result._replace(rejected=[(before + line, *rest) for line, *rest in result.rejected])
             read += result.read
             yield result
             bar.update((piece.end if spans else tell[0].tell()) - bar.n)

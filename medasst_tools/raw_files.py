@@ -1,15 +1,16 @@
 """Stream the records of a raw file, whatever it is packed in: JSON lines, a JSON array, tab-separated lines; plain, gzip or zip.
 
 What a file is, its content says, not its name. Memory doesn't grow with the file: records come in small blocks. A plain
-file of lines can also be read in spans, each by another process.
+file of lines or an indented array can also be read in spans, each by another process.
 """
 
 import gzip
 import io
 import json
+import mmap
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -24,6 +25,7 @@ MAX_RECORD_BYTES = 1 << 24  # the longest answer of the corpora has 6,608 charac
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BOM = b"\xef\xbb\xbf"
+ARRAY_OPENING = re.compile(rb"\s*\[(\s*?\n([ \t]*))?(?=(\{)?)")
 
 
 class Block(NamedTuple):
@@ -37,12 +39,16 @@ class Block(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The lines of a plain file that begin in [start, end)."""
+    """The lines of a plain file that begin in [start, end), or the elements of an indented array that stand there.
+
+    marker: what stands before each element of the array and begins it; empty for lines.
+    """
 
     path: Path
     start: int
     end: int
     first: bool
+    marker: bytes = b""
 
 
 @contextmanager
@@ -151,17 +157,50 @@ def read_blocks(stream: BinaryIO, layout: str) -> Iterator[Block]:
 
 
 def spans_of(path: Path, stream: BinaryIO, layout: str) -> list[Span] | None:
-    """Return the spans of an opened raw file, in order; None if it is packed or an array, whose pieces depend on what is before."""
-    if not isinstance(stream, io.BufferedReader) or isinstance(stream.raw, _Limited) or is_array(stream, layout):
+    """Return the spans of an opened raw file, in order; None if it is packed, or an array that isn't indented."""
+    if not isinstance(stream, io.BufferedReader) or isinstance(stream.raw, _Limited):
         return None
+    if is_array(stream, layout):
+        return _array_spans(path, stream)
     size, start = path.stat().st_size, stream.tell()  # after a BOM
     places = range(start, size, SPAN_BYTES)
     return [Span(path, place, min(place + SPAN_BYTES, size), place == start) for place in places]
 
 
-def read_span(span: Span) -> Iterator[Block]:
-    """Yield the lines of a span; they are numbered from 1 in each block, because nobody knows how many were before."""
+def _array_spans(path: Path, stream: BinaryIO) -> list[Span] | None:
+    opening = ARRAY_OPENING.match(stream.peek(1 << 16))
+    if opening[1] is None or not opening[3]:
+        return None
+    marker, place = b"\n" + opening[2] + b"{", stream.tell() + opening.end()
+    spans: list[Span] = []
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while place < len(data):
+            found = data.find(marker, place + SPAN_BYTES)
+            end = len(data) if found < 0 else found
+            spans.append(Span(path, place, end, not spans, marker))
+            place = end + len(marker) - 1  # at the element's brace
+    return spans
+
+
+def lines_before(span: Span, counted: Span | None, lines: int) -> int:
+    """Return how many lines end before the span; `lines` end before `counted`, a span before it."""
+    place = counted.start if counted else 0
     with span.path.open("rb") as file:
+        file.seek(place)
+        while data := file.read(min(BLOCK_BYTES, span.start - file.tell())):
+            lines += data.count(b"\n")
+    return lines
+
+
+def read_span(span: Span) -> Iterator[Block]:
+    """Yield a span's records. Nobody knows how many lines were before: an array's are numbered from 1, lines in each block."""
+    with span.path.open("rb") as file:
+        if span.marker:
+            file.seek(span.start)
+            at_end = span.end == span.path.stat().st_size
+            read = lambda size: file.read(min(size, span.end - file.tell()))  # noqa: E731
+            yield from _indented_elements(read, 1, span.marker, closes=at_end)
+            return
         file.seek(span.start if span.first else span.start - 1)
         if not span.first:  # the end of a line that began before, or just its newline
             while not file.readline(min(BLOCK_BYTES, span.end - file.tell())).endswith(b"\n"):
@@ -199,20 +238,20 @@ def read_array(stream: BinaryIO) -> Iterator[Block]:
 
     An indented array, as json.dump writes it, is split where its elements start; any other is decoded one by one.
     """
-    opening = re.match(rb"\s*\[(\s*?\n([ \t]*))?(?=(\{)?)", stream.peek(1 << 16))
+    opening = ARRAY_OPENING.match(stream.peek(1 << 16))
     stream.read(opening.end())
     line = 1 + opening[0].count(b"\n")
     if opening[1] is not None and opening[3]:
-        yield from _indented_elements(stream, line, b"\n" + opening[2] + b"{")
+        yield from _indented_elements(stream.read, line, b"\n" + opening[2] + b"{")
     else:
         yield from _decoded_elements(stream, line)
 
 
-def _indented_elements(stream: BinaryIO, line: int, start: bytes) -> Iterator[Block]:
+def _indented_elements(read: Callable[[int], bytes], line: int, start: bytes, closes: bool = True) -> Iterator[Block]:
     rest, ended, overlong = b"", False, False
     opening = b""  # what `split` takes away from every element but the first
     while not ended:
-        data = stream.read(BLOCK_BYTES)
+        data = read(BLOCK_BYTES)
         ended = not data
         parts = (rest + data).split(start)
         rest = b"" if ended else parts.pop()
@@ -220,7 +259,7 @@ def _indented_elements(stream: BinaryIO, line: int, start: bytes) -> Iterator[Bl
             line += parts.pop(0).count(b"\n") + 1
             overlong = False
         lines, records = [], []
-        if ended and parts:
+        if ended and parts and closes:
             parts[-1] = parts[-1].rstrip().removesuffix(b"]")
         for part in parts:
             for place, record in _elements_of_part((opening + part).rstrip().removesuffix(b","), line):

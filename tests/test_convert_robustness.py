@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from test_convert import PIECES, QA, converted, dump, run_convert, write_raw
 
 from medasst_tools import cli, convert, raw_files
-from medasst_tools.raw_files import open_raw, read_blocks, read_span, spans_of
+from medasst_tools.raw_files import Block, Span, lines_before, open_raw, read_blocks, read_span, spans_of
 from medasst_tools.raw_records import LAYOUTS
 
 LINES = b"\n".join(dump(QA | {"output": f"答{number}。"}) for number in range(3))
@@ -122,6 +123,14 @@ class Total:
         return self.read == self.output.count(b"\n") + self.skipped.total() + len(self.rejected)
 
 
+def blocks_of(spans: list[Span]) -> Iterator[Block]:
+    """Yield the blocks of all spans; an array's with the lines that they have in the file."""
+    for span in spans:
+        before = lines_before(span, None, 0) if span.marker else 0
+        for block in read_span(span):
+            yield block._replace(lines=[line + before for line in block.lines])
+
+
 def in_every_way(folder: Path, data: bytes, layout: str) -> list[Total]:
     """Read the same bytes plain, packed, in spans, and with block borders everywhere."""
     totals, path = [], folder / "raw"
@@ -135,8 +144,7 @@ def in_every_way(folder: Path, data: bytes, layout: str) -> list[Total]:
                     with mock.patch.object(raw_files, "SPAN_BYTES", span_bytes), open_raw(path) as stream:
                         if spans := spans_of(path, stream, layout):
                             assert pack is bytes
-                            blocks = (block for span in spans for block in read_span(span))
-                            totals.append(Total(blocks, layout, relative_lines=True))
+                            totals.append(Total(blocks_of(spans), layout, relative_lines=not spans[0].marker))
     return totals
 
 
@@ -292,3 +300,20 @@ def test_two_processes_at_once(tmp_path):
     second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert first.wait() == 0 and second.returncode == 2 and "another run is writing" in second.stderr
     assert json.loads((tmp_path / "out/manifest.json").read_text())["datasets"]["medchatzh_train"]["kept"] == 300_000
+
+
+@pytest.mark.parametrize("span_bytes", [1, 200, 5000])
+@pytest.mark.parametrize("bom", [b"", raw_files.BOM])
+def test_an_indented_array_in_spans_is_the_same_array(tmp_path, span_bytes, bom):
+    """The spans are read apart from each other: records, rejected lines and their numbers are those of the whole."""
+    records = [QA | {"input": "长" * number} for number in range(60)] + [QA | {"output": ""}, {"a": [{"b": 1}]}]
+    text = json.dumps(records, ensure_ascii=False, indent=4).replace("长" * 30, "长\\", 1)  # breaks an element
+    path = tmp_path / "raw.json"
+    path.write_bytes(bom + text.encode() + b"\n")
+    with open_raw(path) as stream:
+        whole = Total(read_blocks(stream, "instruction"), "instruction")
+    with mock.patch.object(raw_files, "SPAN_BYTES", span_bytes), open_raw(path) as stream:
+        spans = spans_of(path, stream, "instruction")
+    parts = Total(blocks_of(spans), "instruction")
+    assert len(spans) >= 2 and len(whole.rejected) == 3
+    assert (parts.output, parts.rejected, parts.read) == (whole.output, whole.rejected, whole.read)
