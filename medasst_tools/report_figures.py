@@ -3,6 +3,7 @@
 Labels are Chinese only where the machine has a font that can show it, so that no figure shows boxes.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,15 @@ def chinese_font() -> str | None:
     matplotlib.use("Agg")
     from matplotlib import font_manager
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
+    manager = font_manager.fontManager
+    known = {font.fname for font in manager.ttflist}
+    for (
+        path
+    ) in font_manager.findSystemFonts():  # matplotlib keeps a list, which knows no font that was installed later
+        if path not in known:
+            with contextlib.suppress(RuntimeError, OSError):  # a file that it can't read
+                manager.addfont(path)
+    installed = {font.name for font in manager.ttflist}
     return next((name for name in CHINESE_FONTS if name in installed), None)
 
 
