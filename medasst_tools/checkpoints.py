@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from medasst_tools.files import write_json
+from medasst_tools.files import read_json, write_json
 
 NAME = re.compile(r"checkpoint-(\d+)")  # any other folder is the user's own
 STATE = "trainer_state.json"
@@ -189,12 +189,3 @@ def _logged_losses(history: list[dict[str, Any]], resumed_from: list[int], until
             row["step"],
         )
     return total, counted
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; {} if there is none or it is half-written."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

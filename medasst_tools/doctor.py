@@ -16,7 +16,7 @@ from typing import Any
 
 from medasst_tools import hub_models, machine, preflight, training_cost
 from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import sha256_of
+from medasst_tools.files import read_json, sha256_of
 from medasst_tools.preflight import Check
 from medasst_tools.training_cost import Method
 
@@ -221,7 +221,7 @@ def check_folder(folder: Path, names: list[str]) -> Check:
     )
     if not folder.is_dir():
         return Check("warn" if samples else "fail", "data", f"no {folder} yet", step)
-    manifest = preflight.read_json(folder / "manifest.json").get("datasets")
+    manifest = read_json(folder / "manifest.json").get("datasets")
     if not isinstance(manifest, dict):
         return Check("fail", "data", f"{folder} has no whole manifest.json: its conversion didn't end", step)
     if missing := [name for name in names if name not in manifest]:

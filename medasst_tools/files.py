@@ -65,6 +65,15 @@ def only_one_run(lock: Path, busy: str) -> Iterator[None]:
         yield
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; {} if there is none or it is half-written."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def sha256_of(path: Path) -> str:
     """Return the file's sha256 in hexadecimal digits."""
     with path.open("rb") as file:

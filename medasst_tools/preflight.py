@@ -4,7 +4,6 @@
 the next step. What can't be known is unknown and stops nothing.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from medasst_tools import machine, training_cost
 from medasst_tools.errors import UserError
+from medasst_tools.files import read_json
 from medasst_tools.hub_models import Located, locate
 from medasst_tools.training_cost import GIB, Method, ModelShape
 
@@ -301,15 +301,6 @@ def training_tokens(config: dict[str, Any]) -> Tokens | None:
             exact = False
         records += count
     return Tokens(records, tokens, exact)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, {} if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _gib(size: float) -> str:
