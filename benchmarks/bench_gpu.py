@@ -76,7 +76,7 @@ def make_records(documents: list[str], count: int, long: int) -> list[dict[str, 
 
 def write_inputs(folder: Path, records: int, config: dict[str, Any], device: str) -> None:
     """Write the model with random weights, its tokenizer, and the two datasets."""
-    from medasst_tools.tiny_model import train_tokenizer, training_documents
+    from medasst_tools.training.tiny_model import train_tokenizer, training_documents
 
     data = folder / "samples"
     words = ["convert", "--raw-dir", SAMPLES / "raw", "--out-dir", data, "--max-rejects", "0.1"]
@@ -211,7 +211,7 @@ def missing(experiment: str, cpu: bool) -> str | None:
     """Say what the experiment lacks here: its config, or a package that it asks for."""
     import yaml
 
-    from medasst_tools import preflight
+    from medasst_tools.machine import preflight
 
     path = ROOT / "factory_configs" / experiment / "train.yaml"
     if not path.is_file():
@@ -225,7 +225,7 @@ def missing(experiment: str, cpu: bool) -> str | None:
 # ---- the table -------------------------------------------------------------------------------------------------------
 def row(experiment: str, measured: dict[str, Any], shape, peak: float | None, mean_tokens: float, cpu: bool) -> str:
     """Return an experiment's row: medians over the timed steps."""
-    from medasst_tools.training_cost import Method, flops_per_token, training_bytes
+    from medasst_tools.machine.cost import Method, flops_per_token, training_bytes
 
     if "problem" in measured:
         return f"| {experiment} | {measured['problem']} |  |  |  |  |  |  |"
@@ -261,8 +261,8 @@ def main() -> None:
         measured = run_leg(experiment, folder, args.cpu, args.steps, CARDS.get(experiment))
         (folder / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
         return
-    from medasst_tools import machine
-    from medasst_tools.training_cost import ModelShape, base_config, card_peak
+    from medasst_tools.machine import hardware as machine
+    from medasst_tools.machine.cost import ModelShape, base_config, card_peak
 
     gpus = [] if args.cpu else machine.gpus()
     if not args.cpu and not gpus:
@@ -333,7 +333,7 @@ def in_a_process(experiment: str, folder: Path, args: argparse.Namespace) -> dic
 
 def token_lengths(folder: Path) -> list[int]:
     """Return the tokens of each record of real length, as LLaMA-Factory makes them."""
-    from medasst_tools.audit_tokens import load_encoder, read_config
+    from medasst_tools.data.token_lengths import load_encoder, read_config
 
     encode = load_encoder(str(folder / "model"), read_config(ROOT / "factory_configs/medasst/train.yaml"))
     lines = (folder / "bench.jsonl").read_text(encoding="utf-8").splitlines()[LONG_RECORDS:]

@@ -74,7 +74,7 @@ def llamafactory_scores(pairs: list[tuple[str, str]]) -> tuple[float, list]:
 
 def our_scores(pairs: list[tuple[str, str]], workers: int) -> tuple[float, list]:
     """Return (seconds, scores) of `medasst score`'s loop."""
-    from medasst_tools import score
+    from medasst_tools.evaluation import score
 
     score.prepare()
     records = [(predict, label, False) for predict, label in pairs]
@@ -85,8 +85,8 @@ def our_scores(pairs: list[tuple[str, str]], workers: int) -> tuple[float, list]
 
 def exam_prompts(model_dir: Path, exams_dir: Path):
     """Return (model, tokenizer, letters' ids, prompts by subject) at 5 shots."""
-    from medasst_tools import exam
-    from medasst_tools.exam_questions import LETTERS, load_protocol, load_subjects
+    from medasst_tools.evaluation import exam
+    from medasst_tools.evaluation.exam_questions import LETTERS, load_protocol, load_subjects
 
     protocol = load_protocol()
     config = {"model_name_or_path": str(model_dir), "template": "qwen", "infer_dtype": "float32"}
@@ -127,7 +127,7 @@ def llamafactory_exam(model_dir: Path, exams_dir: Path) -> tuple[float, list]:
 
 def our_exam(model_dir: Path, exams_dir: Path) -> tuple[float, list]:
     """Return (seconds, answers) of `medasst exam`'s loop."""
-    from medasst_tools import exam
+    from medasst_tools.evaluation import exam
 
     model, tokenizer, letter_ids, subjects = exam_prompts(model_dir, exams_dir)
     began, answers = time.perf_counter(), []

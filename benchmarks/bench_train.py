@@ -150,7 +150,7 @@ def main() -> None:
             data_dir = folder / "samples"
             words = ["convert", "--raw-dir", SAMPLES / "raw", "--out-dir", data_dir, "--max-rejects", "0.1"]
             subprocess.run([sys.executable, "-m", "medasst_tools.cli", *words], check=True, capture_output=True)
-        from medasst_tools.tiny_model import build_tiny_model, training_documents
+        from medasst_tools.training.tiny_model import build_tiny_model, training_documents
 
         count = write_dataset(data_dir, folder, args.records)
         documents = list(training_documents(data_dir))

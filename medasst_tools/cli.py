@@ -12,38 +12,62 @@ from medasst_tools.errors import CheckFailed, UserError
 
 VERBS = {
     "doctor": (
-        "medasst_tools.doctor",
+        "medasst_tools.machine.doctor",
         "versions, extras, GPU, disk, hub; what an experiment needs and whether it is here",
     ),
-    "download": ("medasst_tools.download", "corpora, exams or models from ModelScope or Hugging Face"),
-    "convert": ("medasst_tools.convert", "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for"),
+    "download": ("medasst_tools.data.download", "corpora, exams or models from ModelScope or Hugging Face"),
+    "convert": (
+        "medasst_tools.data.convert",
+        "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for",
+    ),
     "audit": (
-        "medasst_tools.audit",
+        "medasst_tools.data.audit",
         "duplicates, test questions in training, lengths, personal data of converted data",
     ),
     "render": ("medasst_tools.render", "factory_configs/experiments.yaml to LLaMA-Factory configs"),
     "tiny-model": (
-        "medasst_tools.tiny_model",
+        "medasst_tools.training.tiny_model",
         "a tiny random Qwen2 with its own tokenizer, for the demo and the tests",
     ),
-    "tokenize": ("medasst_tools.tokenize_once", "a training set's tokens, made once for the runs on many GPUs"),
-    "train": ("medasst_tools.train", "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished"),
+    "tokenize": (
+        "medasst_tools.training.tokenize_once",
+        "a training set's tokens, made once for the runs on many GPUs",
+    ),
+    "train": (
+        "medasst_tools.training.train",
+        "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished",
+    ),
     "generate": (
-        "medasst_tools.generate",
+        "medasst_tools.inference.generate",
         "a predict.yaml through LLaMA-Factory, in parts of like length: resumed if killed",
     ),
     "predict": (
-        "medasst_tools.predict_through_api",
+        "medasst_tools.inference.endpoint",
         "the test sets through any OpenAI-style endpoint, many requests at once; a killed run goes on",
     ),
-    "score": ("medasst_tools.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
-    "exam": ("medasst_tools.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
-    "api": ("medasst_tools.api", "LLaMA-Factory's OpenAI-style server behind checks and limits, on this machine only"),
-    "compare": ("medasst_tools.compare", "two experiments on the same records: is one better, and how sure is that"),
-    "chat": ("medasst_tools.chat", "LLaMA-Factory's chat page or terminal chat, with our notice and safe defaults"),
-    "export": ("medasst_tools.export", "an adapter merged into its base, with a model card and a checked Modelfile"),
-    "safety": ("medasst_tools.safety", "what a model says to red flags, false premises, requests for prescriptions"),
-    "report": ("medasst_tools.report", "everything in results/ beside the paper's tables"),
+    "score": ("medasst_tools.evaluation.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
+    "exam": ("medasst_tools.evaluation.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
+    "api": (
+        "medasst_tools.serving.api",
+        "LLaMA-Factory's OpenAI-style server behind checks and limits, on this machine only",
+    ),
+    "compare": (
+        "medasst_tools.evaluation.compare",
+        "two experiments on the same records: is one better, and how sure is that",
+    ),
+    "chat": (
+        "medasst_tools.serving.chat",
+        "LLaMA-Factory's chat page or terminal chat, with our notice and safe defaults",
+    ),
+    "export": (
+        "medasst_tools.serving.export",
+        "an adapter merged into its base, with a model card and a checked Modelfile",
+    ),
+    "safety": (
+        "medasst_tools.evaluation.safety",
+        "what a model says to red flags, false premises, requests for prescriptions",
+    ),
+    "report": ("medasst_tools.report.tables", "everything in results/ beside the paper's tables"),
 }
 
 

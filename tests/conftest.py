@@ -143,7 +143,7 @@ def forkserver():
 def tiny_run(tmp_path_factory):
     """A LoRA train.yaml of 90 steps on a very small model; dropout, so that the random state matters too."""
     from medasst_tools import cli
-    from medasst_tools.tiny_model import build_tiny_model, training_documents
+    from medasst_tools.training.tiny_model import build_tiny_model, training_documents
 
     folder = tmp_path_factory.mktemp("resume")
     data = folder / "data"

@@ -24,9 +24,10 @@ from conftest import ROOT, make_environment, run_make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medasst_tools import api, api_guard, api_requests, cli
-from medasst_tools.api_guard import ApiGuard
-from medasst_tools.tiny_model import build_tiny_model
+from medasst_tools import cli
+from medasst_tools.serving import api, api_guard, api_requests
+from medasst_tools.serving.api_guard import ApiGuard
+from medasst_tools.training.tiny_model import build_tiny_model
 
 KEY = "a-key-for-this-test"
 DOCUMENTS = ["头痛两天怎么办？\n您好，建议休息，必要时就医。", "发烧要吃药吗？\n体温超过38.5℃可以用退热药。"] * 20
@@ -399,7 +400,7 @@ def test_marks_of_the_template_are_control_tokens_though_the_tokenizer_calls_the
     """Gemma's; but not the blank lines that are tokens of their own there, too."""
     from llamafactory.data.template import TEMPLATES
 
-    from medasst_tools.tiny_model import train_tokenizer
+    from medasst_tools.training.tiny_model import train_tokenizer
 
     tokenizer = train_tokenizer(DOCUMENTS, 400)
     tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>", "\n\n", "<table>"])

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medasst_tools import cli
-from medasst_tools.personal_data import MASKS, is_id_number, mask
-from medasst_tools.question_overlap import NEAR, QuestionIndex
-from medasst_tools.text_identity import jaccard, key, normalise, question_of, shingles
+from medasst_tools.data.decontamination import NEAR, QuestionIndex
+from medasst_tools.data.deduplication import jaccard, key, normalise, question_of, shingles
+from medasst_tools.data.pii import MASKS, is_id_number, mask
 
 LONG = "孩子三岁，昨天晚上开始发烧到三十八度五，还有点咳嗽和流鼻涕，请问需要马上去医院吗？"
 NEARLY = LONG.replace("昨天晚上", "昨日晚上")
@@ -81,7 +81,7 @@ def test_personal_data_is_counted(converted):
 
 
 def test_exam_questions_are_looked_for(tmp_path, converted):
-    from medasst_tools.exam_questions import load_protocol, load_subjects
+    from medasst_tools.evaluation.exam_questions import load_protocol, load_subjects
 
     stem = load_subjects(SAMPLES / "exams", load_protocol())[0].questions[0].text
     raw = write_raw(tmp_path / "raw2", [qa(stem + "？")], TEST)

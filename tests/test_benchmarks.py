@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_gpu  # noqa: E402
 import bench_train  # noqa: E402
 
-from medasst_tools.tiny_model import build_tiny_model  # noqa: E402
-from medasst_tools.training_cost import ModelShape, base_config  # noqa: E402
+from medasst_tools.machine.cost import ModelShape, base_config  # noqa: E402
+from medasst_tools.training.tiny_model import build_tiny_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_way_of_batching_trains_the_same_tokens(folder, capsys):
-    from medasst_tools.audit_tokens import load_encoder
+    from medasst_tools.data.token_lengths import load_encoder
 
     legs = {name: [bench_train.run_leg(folder, name)] for name in bench_train.VARIANTS}
     paper, alike, packed = (legs[name][0] for name in bench_train.VARIANTS)

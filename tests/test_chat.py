@@ -18,9 +18,10 @@ import pytest
 from chat_browser import CHROMIUM, QUESTIONS, ask, browser_page, free_port, started
 from conftest import make_environment
 
-from medasst_tools import chat, cli
+from medasst_tools import cli
 from medasst_tools.errors import UserError
-from medasst_tools.notice import NOTICE_EN, NOTICE_ZH, TITLE
+from medasst_tools.serving import chat
+from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH, TITLE
 
 CHAT_CONFIG = "factory_configs/demo/chat.yaml"
 

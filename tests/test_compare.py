@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medasst_tools import cli
-from medasst_tools.compare import bootstrap_p, compare_folders, verdict
+from medasst_tools.evaluation.compare import bootstrap_p, compare_folders, verdict
 
 METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 

@@ -15,10 +15,11 @@ from conftest import SAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medasst_tools import cli, convert
-from medasst_tools.corpora import load_datasets
-from medasst_tools.raw_files import MAX_RECORD_BYTES, leaves_archive, open_raw, read_blocks
-from medasst_tools.raw_records import LAYOUTS, Rejected, Skipped
+from medasst_tools import cli
+from medasst_tools.data import convert
+from medasst_tools.data.layouts import LAYOUTS, Rejected, Skipped
+from medasst_tools.data.raw_files import MAX_RECORD_BYTES, leaves_archive, open_raw, read_blocks
+from medasst_tools.data.registry import load_datasets
 
 QA = {"instruction": "头痛怎么办？", "input": "", "output": "您好，建议休息。"}
 
@@ -352,7 +353,7 @@ def test_a_second_dataset_keeps_the_first(tmp_path):
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("medasst_tools.raw_files.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("medasst_tools.data.raw_files.BLOCK_BYTES", 2000)
     data = b"\n".join(dump(QA | {"output": f"答{number}"}) if number % 7 else b"broken" for number in range(400))
     outputs = []
     for workers in ("1", "2", "3"):

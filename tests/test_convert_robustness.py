@@ -21,9 +21,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_convert import PIECES, QA, converted, dump, run_convert, write_raw
 
-from medasst_tools import cli, convert, raw_files
-from medasst_tools.raw_files import Block, Span, lines_before, open_raw, read_blocks, read_span, spans_of
-from medasst_tools.raw_records import LAYOUTS
+from medasst_tools import cli
+from medasst_tools.data import convert, raw_files
+from medasst_tools.data.layouts import LAYOUTS
+from medasst_tools.data.raw_files import Block, Span, lines_before, open_raw, read_blocks, read_span, spans_of
 
 LINES = b"\n".join(dump(QA | {"output": f"答{number}。"}) for number in range(3))
 

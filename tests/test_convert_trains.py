@@ -7,8 +7,8 @@ import pytest
 from test_convert import converted, dump
 
 from medasst_tools import cli
-from medasst_tools.corpora import load_datasets
-from medasst_tools.tiny_model import build_tiny_model
+from medasst_tools.data.registry import load_datasets
+from medasst_tools.training.tiny_model import build_tiny_model
 
 TRAIN_SETS = [name for name in load_datasets() if name.endswith("_train")]
 

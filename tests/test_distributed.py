@@ -19,10 +19,10 @@ import yaml
 from conftest import copy_project, make_environment, run_make
 from safetensors.numpy import load_file
 
-from medasst_tools import launch
 from medasst_tools.errors import UserError
 from medasst_tools.files import sha256_of
-from medasst_tools.launch import Launch, agree_on_step, launchable, read_launch
+from medasst_tools.training import launch
+from medasst_tools.training.launch import Launch, agree_on_step, launchable, read_launch
 
 CPU = {"use_cpu": True}
 TWO = {"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "NPROC_PER_NODE": "1"}

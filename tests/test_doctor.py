@@ -14,9 +14,12 @@ import yaml
 from conftest import ROOT
 from test_training_cost import QWEN2_7B
 
-from medasst_tools import cli, doctor, hub_models, machine, preflight
+from medasst_tools import cli
 from medasst_tools.errors import UserError
 from medasst_tools.files import sha256_of
+from medasst_tools.machine import doctor, preflight
+from medasst_tools.machine import hardware as machine
+from medasst_tools.machine import hub as hub_models
 
 CONFIG = json.dumps(QWEN2_7B).encode()
 
@@ -142,7 +145,9 @@ def test_a_model_that_the_hub_has_passes(workplace, hub, variables):
 
 @pytest.mark.parametrize("variables", [HF, MODELSCOPE])
 def test_an_unreachable_or_broken_hub_is_unknown_not_a_crash(workplace, hub, closed_port, variables):
-    code = "from medasst_tools import hub_models as h; print(*h.locate('owner/broken')[:2]); print(*h.reachable()[:2])"
+    code = (
+        "from medasst_tools.machine import hub as h; print(*h.locate('owner/broken')[:2]); print(*h.reachable()[:2])"
+    )
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MODELSCOPE_"))}
     for address, expected in ((hub, ("answers 500", "answers")), (closed_port, ("is unreachable", "is unreachable"))):
         env = kept | {

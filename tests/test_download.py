@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from hub_server import Hub
 
-from medasst_tools import download
-from medasst_tools.corpora import load_datasets
-from medasst_tools.exam_questions import load_protocol
+from medasst_tools.data import download
+from medasst_tools.data.registry import load_datasets
+from medasst_tools.evaluation.exam_questions import load_protocol
 
 CORPUS = "tyang816/MedChatZH"
 LINE = (

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from conftest import ROOT, make_environment, run_make
 
-from medasst_tools import cli, export, exported_prompts
+from medasst_tools import cli
 from medasst_tools.errors import CheckFailed
+from medasst_tools.serving import export, exported_prompts
 
 EXPORT_CONFIG = "factory_configs/demo/export.yaml"
 SYSTEM = yaml.safe_load((ROOT / EXPORT_CONFIG).read_text(encoding="utf-8"))["default_system"]

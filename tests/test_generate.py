@@ -12,8 +12,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medasst_tools import cli, generate
-from medasst_tools.generate import Crew, Part, Record, cut_into_parts, is_out_of_memory, read_records, whole_results
+from medasst_tools import cli
+from medasst_tools.inference import generate
+from medasst_tools.inference.generate import (
+    Crew,
+    Part,
+    Record,
+    cut_into_parts,
+    is_out_of_memory,
+    read_records,
+    whole_results,
+)
 
 PART_SIZE = 8
 

@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from medasst_tools import cli
-from medasst_tools.predict_through_api import Answers
-from medasst_tools.score import join_test_sets, read_predictions
+from medasst_tools.evaluation.score import join_test_sets, read_predictions
+from medasst_tools.inference.endpoint import Answers
 
 KEY = "sk-secret-of-this-test"
 RECORDS = {
@@ -265,7 +265,7 @@ def test_an_address_that_is_no_api(endpoint, data_dir, capsys):
 
 
 def test_an_endpoint_that_breaks_down_keeps_the_answers(endpoint, data_dir, capsys, monkeypatch):
-    monkeypatch.setattr("medasst_tools.predict_through_api.RETRIES", 0)
+    monkeypatch.setattr("medasst_tools.inference.endpoint.RETRIES", 0)
     endpoint.script = lambda question, attempt: 500 if question == "再问2" else 200
     assert cli.main(words(endpoint, data_dir, "--concurrency", "1")) == 2
     said = capsys.readouterr().err.splitlines()[-1]

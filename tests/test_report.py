@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from medasst_tools import cli, report, report_figures
+from medasst_tools import cli
+from medasst_tools.report import figures as report_figures
+from medasst_tools.report import tables as report
 
 PAPER = yaml.safe_load(report.PAPER.read_text(encoding="utf-8"))
 

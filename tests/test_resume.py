@@ -17,9 +17,10 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from medasst_tools import checkpoints, cli, train
+from medasst_tools import cli
 from medasst_tools.files import sha256_of
-from medasst_tools.report_figures import read_losses
+from medasst_tools.report.figures import read_losses
+from medasst_tools.training import checkpoints, train
 
 
 def medasst_in_process(words: list[str], log: Path) -> None:

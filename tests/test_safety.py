@@ -7,8 +7,9 @@ import pytest
 import yaml
 from conftest import SAMPLES
 
-from medasst_tools import cli, safety, safety_rules
+from medasst_tools import cli
 from medasst_tools.errors import UserError
+from medasst_tools.evaluation import safety, safety_rules
 
 RULES = safety_rules.load_rules()
 CATEGORIES = {category.name: category for category in safety.load_categories(safety.PROMPTS, RULES, None)}

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from medasst_tools import safety_rules
 from medasst_tools.errors import UserError
+from medasst_tools.evaluation import safety_rules
 
 RULES = safety_rules.load_rules()
 

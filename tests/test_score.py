@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from medasst_tools import cli
-from medasst_tools.bootstrap import ci95, resampled_means
+from medasst_tools.evaluation.statistics import ci95, resampled_means
 
 ANSWERS = {"a_test": ["您好，建议休息。", "请及时就医。"], "b_test": ["多喝水，注意休息，清淡饮食。"]}
 

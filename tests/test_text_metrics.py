@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medasst_tools.text_metrics import Scores, bleu_4, score_pair
-from medasst_tools.word_segmenter import spaced_words
+from medasst_tools.evaluation.text_metrics import Scores, bleu_4, score_pair
+from medasst_tools.evaluation.word_segmenter import spaced_words
 
 ODD = [
     "", " ", "\n", "　", "\u200b", ".", "。", "？！", "......", "…… ", "。\n\n\n。好", "”。好“", "好？”又", "\x00", "\x1c", "\x85", "a\u2028b",

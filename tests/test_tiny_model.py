@@ -5,7 +5,7 @@ import json
 import pytest
 
 from medasst_tools import cli
-from medasst_tools.tiny_model import build_tiny_model, training_documents
+from medasst_tools.training.tiny_model import build_tiny_model, training_documents
 
 DOCUMENTS = ["头痛两天怎么办？\n您好，建议休息，必要时就医。", "发烧要吃药吗？\n体温超过38.5℃可以用退热药。"] * 20
 

@@ -13,8 +13,9 @@ from conftest import ROOT
 from test_families import TINY_TRAIN, config_of, write_dataset
 from tiny_families import FAMILIES, build
 
-from medasst_tools import cli, render, tokenize_once
+from medasst_tools import cli, render
 from medasst_tools.errors import CheckFailed
+from medasst_tools.training import tokenize_once
 
 EXPERIMENT = "medasst_ddp"
 
@@ -63,7 +64,7 @@ def project(made, tmp_path) -> Path:
 @pytest.fixture
 def launched(monkeypatch) -> list:
     """What `medasst train` would have started; it fails there."""
-    from medasst_tools import train
+    from medasst_tools.training import train
 
     commands = []
 

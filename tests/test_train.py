@@ -9,9 +9,10 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from medasst_tools import cli, train
-from medasst_tools.checkpoints import whole_steps
+from medasst_tools import cli
 from medasst_tools.errors import UserError
+from medasst_tools.training import train
+from medasst_tools.training.checkpoints import whole_steps
 
 
 def make_checkpoint(output_dir: Path, step: int) -> Path:

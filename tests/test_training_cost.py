@@ -6,9 +6,9 @@ import weakref
 import pytest
 import yaml
 
-from medasst_tools import training_cost
-from medasst_tools.tiny_model import build_tiny_model
-from medasst_tools.training_cost import Method, ModelShape
+from medasst_tools.machine import cost as training_cost
+from medasst_tools.machine.cost import Method, ModelShape
+from medasst_tools.training.tiny_model import build_tiny_model
 
 BASES = [base for base in yaml.safe_load(training_cost.BASE_MODELS.read_text(encoding="utf-8")) if "config" in base]
 QWEN2_7B = BASES[0]["config"]

@@ -19,12 +19,12 @@ from typing import Any
 
 import yaml
 
-from medasst_tools.compare import compare_folders, verdict
 from medasst_tools.errors import UserError
+from medasst_tools.evaluation.compare import compare_folders, verdict
+from medasst_tools.evaluation.score import load_test_sets
 from medasst_tools.files import PROJECT_ROOT, read_jsonl, write_text
-from medasst_tools.report_figures import draw_all, read_losses
+from medasst_tools.report.figures import draw_all, read_losses
 from medasst_tools.run_manifest import check_model
-from medasst_tools.score import load_test_sets
 
 PAPER = PROJECT_ROOT / "dataset_info" / "paper.yaml"
 EXAM_PROTOCOL = PROJECT_ROOT / "dataset_info" / "exams.yaml"

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medasst_tools import machine, training_cost
 from medasst_tools.errors import UserError
 from medasst_tools.files import read_json
-from medasst_tools.hub_models import Located, locate
-from medasst_tools.training_cost import GIB, Method, ModelShape
+from medasst_tools.machine import cost as training_cost
+from medasst_tools.machine import hardware as machine
+from medasst_tools.machine.cost import GIB, Method, ModelShape
+from medasst_tools.machine.hub import Located, locate
 
 ROOM_FOR_ERROR = 0.1  # the memory formula's own uncertainty: nearer than that is a warning
 TOKENIZER_BYTES = 16 << 20  # beside each checkpoint
@@ -248,7 +249,7 @@ def _by_file_system(needs: dict[Path, float]) -> Iterator[tuple[Path, float, int
 
 def hub_cache() -> Path:
     """Return where the hub in use downloads to."""
-    from medasst_tools.hub_models import _modelscope_config, use_modelscope
+    from medasst_tools.machine.hub import _modelscope_config, use_modelscope
 
     if use_modelscope():
         return _modelscope_config().cache_dir

@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medasst_tools import preflight
 from medasst_tools.errors import UserError
-from medasst_tools.exam import load_chat_config
-from medasst_tools.notice import NOTICE_EN, NOTICE_ZH, TITLE
+from medasst_tools.evaluation.exam import load_chat_config
+from medasst_tools.machine import preflight
+from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH, TITLE
 
 # LLaMA-Factory's tools, uploads and switches: of no use with a text model, and some would break it or unescape HTML
 HIDDEN = ("role", "system", "tools", "mm_box", "skip_special_tokens", "escape_html", "enable_thinking")

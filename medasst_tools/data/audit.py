@@ -18,12 +18,21 @@ from typing import Any, NamedTuple
 import orjson
 
 from medasst_tools import __version__
-from medasst_tools.corpora import is_test
+from medasst_tools.data.decontamination import (
+    BANDS,
+    KINDS,
+    NEAR,
+    PERMUTATIONS,
+    ROWS,
+    Match,
+    QuestionIndex,
+    read_questions,
+)
+from medasst_tools.data.deduplication import key, normalise, question_of
+from medasst_tools.data.pii import MASKS, mask
+from medasst_tools.data.registry import is_test
 from medasst_tools.errors import UserError
 from medasst_tools.files import atomic_writer, write_json
-from medasst_tools.personal_data import MASKS, mask
-from medasst_tools.question_overlap import BANDS, KINDS, NEAR, PERMUTATIONS, ROWS, Match, QuestionIndex, read_questions
-from medasst_tools.text_identity import key, normalise, question_of
 
 CHUNK_BYTES = 1 << 23
 PARTS = ("question", "answer", "history")
@@ -75,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         datasets[name], unique[name], found = audit_dataset(path, None if is_test(name) else index, args.workers)
         overlaps += [(name, line, match) for line, match in found]
     if args.tokenizer:
-        from medasst_tools.audit_tokens import add_tokens
+        from medasst_tools.data.token_lengths import add_tokens
 
         add_tokens(datasets, files, args)
     findings = {
@@ -113,7 +122,7 @@ def exam_questions(exams_dir: Path | None) -> dict[str, list[str]]:
     """Return {"cmmlu": stems, "ceval": stems}; nothing without a folder."""
     if exams_dir is None:
         return {}
-    from medasst_tools.exam_questions import load_protocol, load_subjects
+    from medasst_tools.evaluation.exam_questions import load_protocol, load_subjects
 
     stems: dict[str, list[str]] = {}
     for subject in load_subjects(exams_dir, load_protocol()):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import orjson
 
-from medasst_tools.text_identity import jaccard, normalise, question_of, shingles
+from medasst_tools.data.deduplication import jaccard, normalise, question_of, shingles
 
 NEAR = 0.8
 PERMUTATIONS = 128

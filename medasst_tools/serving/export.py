@@ -4,7 +4,7 @@ Run: `medasst export factory_configs/demo/export.yaml`, which `make export` call
 
 LLaMA-Factory merges and writes safetensors, in this process, into a folder beside the place, which takes the place only when
 it is whole. The chat template and the Ollama Modelfile that go with it are compared with the template that the model was trained
-with and corrected where they differ (`medasst_tools/exported_prompts.py`). README.md is rendered from templates/model_card.md.j2; export.json, written last, says what the
+with and corrected where they differ (`medasst_tools/serving/exported_prompts.py`). README.md is rendered from templates/model_card.md.j2; export.json, written last, says what the
 model was made of: the same again merges nothing and renews the card.
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 
-from medasst_tools import preflight
-from medasst_tools.corpora import load_datasets
+from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
-from medasst_tools.exported_prompts import correct_prompts
 from medasst_tools.files import PROJECT_ROOT, model_sha256, write_json, write_text
-from medasst_tools.notice import NOTICE_EN, NOTICE_ZH
-from medasst_tools.train import COMPLETE, made_with
+from medasst_tools.machine import preflight
+from medasst_tools.serving.exported_prompts import correct_prompts
+from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH
+from medasst_tools.training.train import COMPLETE, made_with
 
 BASES = PROJECT_ROOT / "dataset_info" / "base_models.yaml"
 DONE = "export.json"

@@ -13,8 +13,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from medasst_tools import preflight
 from medasst_tools.errors import UserError
+from medasst_tools.machine import preflight
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
 QUEUE = 64
@@ -64,7 +64,7 @@ def load_config(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Return a chat.yaml with `key=value` overrides; UserError if it can't be served."""
     from omegaconf import OmegaConf
 
-    from medasst_tools.exam import load_chat_config
+    from medasst_tools.evaluation.exam import load_chat_config
 
     if bad := [word for word in overrides if "=" not in word or word.startswith("-")]:
         raise UserError(f"override {bad[0]!r} must be key=value, without dashes")
@@ -108,9 +108,9 @@ def build_app(
     from llamafactory.api.app import create_app
     from llamafactory.chat import ChatModel
 
-    from medasst_tools.api_guard import ApiGuard
-    from medasst_tools.api_requests import prompt_rules
-    from medasst_tools.stoppable_model import StoppableModel
+    from medasst_tools.inference.model import StoppableModel
+    from medasst_tools.serving.api_guard import ApiGuard
+    from medasst_tools.serving.api_requests import prompt_rules
 
     try:
         chat_model = ChatModel(config)

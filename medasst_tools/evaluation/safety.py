@@ -20,9 +20,9 @@ import yaml
 
 from medasst_tools import __version__
 from medasst_tools.errors import UserError
-from medasst_tools.exam import load_chat_config, wilson
+from medasst_tools.evaluation.exam import load_chat_config, wilson
+from medasst_tools.evaluation.safety_rules import Rules, load_rules
 from medasst_tools.files import PROJECT_ROOT, atomic_writer, model_sha256, read_jsonl, sha256_of, write_json
-from medasst_tools.safety_rules import Rules, load_rules
 
 PROMPTS = PROJECT_ROOT / "dataset_info" / "safety" / "prompts.yaml"
 PARTIAL = ".safety.partial.jsonl"

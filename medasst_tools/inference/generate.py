@@ -26,12 +26,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medasst_tools import preflight
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import atomic_writer, model_sha256, read_jsonl, sha256_of, write_json
-from medasst_tools.launch import count_gpus
+from medasst_tools.machine import preflight
 from medasst_tools.run_manifest import check_and_print
-from medasst_tools.train import NEUTRAL_SETTINGS, dataset_file, load_config, locked
+from medasst_tools.training.launch import count_gpus
+from medasst_tools.training.train import NEUTRAL_SETTINGS, dataset_file, load_config, locked
 
 PART_SIZE = 256  # records: minutes of a 7B model, which is what a kill can cost, against seconds to load it again
 LIKE = 0.5  # so that padding at most doubles a batch, for a handful of parts more

@@ -166,7 +166,7 @@ def _exams_by_subject(exams: dict[str, dict[str, Any]], subjects: dict[str, str]
 
 def _calibration(exams: dict[str, list[dict[str, Any]]], say: Say):
     """Return the share of right answers over the model's probability of its answer; the diagonal is calibrated."""
-    from medasst_tools.exam import calibration_bins
+    from medasst_tools.evaluation.exam import calibration_bins
 
     if not exams:
         return None

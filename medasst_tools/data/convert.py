@@ -22,12 +22,10 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from medasst_tools.cleaner_variants import DUPLICATE, Cleaning, Dropper, prepare
-from medasst_tools.corpora import RULES, Dataset, is_test, load_datasets
-from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import only_one_run, sha256_of, write_json
-from medasst_tools.question_overlap import QuestionIndex, read_questions
-from medasst_tools.raw_files import (
+from medasst_tools.data.decontamination import QuestionIndex, read_questions
+from medasst_tools.data.filters import DUPLICATE, Cleaning, Dropper, prepare
+from medasst_tools.data.layouts import LAYOUTS, Skipped, Trimmed
+from medasst_tools.data.raw_files import (
     MAX_RECORD_BYTES,
     SPAN_BYTES,
     Block,
@@ -38,7 +36,9 @@ from medasst_tools.raw_files import (
     read_span,
     spans_of,
 )
-from medasst_tools.raw_records import LAYOUTS, Skipped, Trimmed
+from medasst_tools.data.registry import RULES, Dataset, is_test, load_datasets
+from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.files import only_one_run, sha256_of, write_json
 
 STAGING = ".converting"
 OVERLONG_KEPT_BYTES = 4096  # of a record over MAX_RECORD_BYTES, for rejected/

@@ -9,7 +9,7 @@ import logging
 import threading
 from contextvars import ContextVar
 
-from medasst_tools.api_requests import Refused
+from medasst_tools.serving.api_requests import Refused
 
 logger = logging.getLogger("uvicorn.error")
 CURRENT: ContextVar["Generation"] = ContextVar("generation")  # the request's, wherever its task asks for it

@@ -56,7 +56,7 @@ def compare_dialogues(a: Path, b: Path) -> dict[str, Any]:
     """Return, for each metric, the difference of means (a - b, percent points), its interval, p-value and shares of wins."""
     import numpy as np
 
-    from medasst_tools.bootstrap import RESAMPLES, SEED, resampled_means
+    from medasst_tools.evaluation.statistics import RESAMPLES, SEED, resampled_means
 
     check_same_references(a, b)
     tables = [_scores_per_record(folder) for folder in (a, b)]

@@ -15,9 +15,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medasst_tools.api import LOCAL_HOSTS
-from medasst_tools.api_requests import PromptRules, Refused
-from medasst_tools.stoppable_model import CURRENT, Generation
+from medasst_tools.inference.model import CURRENT, Generation
+from medasst_tools.serving.api import LOCAL_HOSTS
+from medasst_tools.serving.api_requests import PromptRules, Refused
 
 logger = logging.getLogger("uvicorn.error")
 CHAT, MODELS = ("POST", "/v1/chat/completions"), ("GET", "/v1/models")

@@ -26,12 +26,13 @@ from typing import Any
 
 import yaml
 
-from medasst_tools import checkpoints, preflight
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import PROJECT_ROOT, model_sha256, read_json, sha256_of, write_json
-from medasst_tools.launch import Launch, agree_on_step, child_environment, launchable, read_launch
+from medasst_tools.machine import preflight
 from medasst_tools.run_manifest import COMPLETE
-from medasst_tools.tokenize_once import check_tokens
+from medasst_tools.training import checkpoints
+from medasst_tools.training.launch import Launch, agree_on_step, child_environment, launchable, read_launch
+from medasst_tools.training.tokenize_once import check_tokens
 
 STARTED = "run.started.json"
 # They change how a run is logged, saved or fed, not what comes out of it: changing one doesn't start the run again.

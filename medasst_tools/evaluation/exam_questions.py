@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
+from medasst_tools.data.raw_files import LFS_POINTER
 from medasst_tools.errors import UserError
 from medasst_tools.files import PROJECT_ROOT
-from medasst_tools.raw_files import LFS_POINTER
 
 PROTOCOL = PROJECT_ROOT / "dataset_info" / "exams.yaml"
 LETTERS = "ABCD"

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import orjson
 import yaml
 
-from medasst_tools import __version__, preflight
+from medasst_tools import __version__
 from medasst_tools.errors import UserError
-from medasst_tools.exam_questions import (
+from medasst_tools.evaluation.exam_questions import (
     LETTERS,
     Question,
     Subject,
@@ -31,6 +31,7 @@ from medasst_tools.exam_questions import (
     questions_sha256,
 )
 from medasst_tools.files import atomic_writer, model_sha256, sha256_of, write_json
+from medasst_tools.machine import preflight
 from medasst_tools.run_manifest import check_and_print
 
 BATCH_TOKENS = 8192  # padded tokens at once: a few hundred MB for a 7B model

@@ -204,8 +204,8 @@ def prepare() -> Callable[[str, str], tuple]:
         warnings.simplefilter("ignore")  # jieba's and rouge-chinese's sources warn when Python first compiles them
         import jieba
 
-        from medasst_tools.text_metrics import score_pair
-        from medasst_tools.word_segmenter import spaced_words
+        from medasst_tools.evaluation.text_metrics import score_pair
+        from medasst_tools.evaluation.word_segmenter import spaced_words
     jieba.setLogLevel(logging.WARNING)
     jieba.initialize()
     spaced_words("好")  # the port loads its dictionary with the first text
@@ -230,7 +230,7 @@ def summarise(values: array, empty: array, cut: array, test_sets: dict[str, Path
 
 
 def _means(table, empties, cuts) -> dict[str, Any]:
-    from medasst_tools.bootstrap import ci95
+    from medasst_tools.evaluation.statistics import ci95
 
     means = {metric: float(mean) for metric, mean in zip(METRICS, table.mean(axis=0), strict=True)}
     report = (
@@ -241,7 +241,7 @@ def _means(table, empties, cuts) -> dict[str, Any]:
 
 def signature(n: int) -> str:
     """Return what it takes to get the same numbers again."""
-    from medasst_tools.bootstrap import RESAMPLES, SEED
+    from medasst_tools.evaluation.statistics import RESAMPLES, SEED
 
     versions = "|".join(f"{name}:{metadata.version(name)}" for name in ("nltk", "rouge-chinese", "jieba", "rjieba"))
     return (

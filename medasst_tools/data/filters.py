@@ -7,9 +7,9 @@ must be known of all records before, in the one process that writes.
 from collections import Counter
 from typing import Any, NamedTuple
 
-from medasst_tools.personal_data import mask
-from medasst_tools.question_overlap import QuestionIndex
-from medasst_tools.text_identity import key, normalise, question_of
+from medasst_tools.data.decontamination import QuestionIndex
+from medasst_tools.data.deduplication import key, normalise, question_of
+from medasst_tools.data.pii import mask
 
 OVERLAPS = "question of a test set"
 DUPLICATE = "copy of an earlier record"

@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the tokens, or find them there."""
-    from medasst_tools.train import load_config, run_inputs  # which imports this module for its check
+    from medasst_tools.training.train import load_config, run_inputs  # which imports this module for its check
 
     config = load_config(args.config, args.overrides)
     if not config.get("tokenized_path"):

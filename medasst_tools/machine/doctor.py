@@ -3,7 +3,7 @@
 Run: `medasst doctor [EXPERIMENT] [--json]`, or `make doctor EXPERIMENT=medasst`
 
 One line a finding: ok, warn, fail (with the next step) or unknown. Exit status 1 if something fails. Nothing is downloaded, and no model
-is loaded. How the estimates come about stands in medasst_tools/training_cost.py.
+is loaded. How the estimates come about stands in medasst_tools/machine/cost.py.
 """
 
 import argparse
@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medasst_tools import hub_models, machine, preflight, training_cost
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import read_json, sha256_of
-from medasst_tools.preflight import Check
-from medasst_tools.training_cost import Method
+from medasst_tools.machine import cost as training_cost
+from medasst_tools.machine import hardware as machine
+from medasst_tools.machine import hub as hub_models
+from medasst_tools.machine import preflight
+from medasst_tools.machine.cost import Method
+from medasst_tools.machine.preflight import Check
 
 CONFIGS_DIR = Path("factory_configs")
 SAMPLES_DATA = Path("data/demo")  # made of the bundled samples
@@ -154,7 +157,7 @@ def check_cuda() -> Check:
 
 def check_fonts() -> Check:
     """Say whether the figures can have Chinese labels."""
-    from medasst_tools.report_figures import chinese_font
+    from medasst_tools.report.figures import chinese_font
 
     font = chinese_font()
     if font:
@@ -281,7 +284,7 @@ def check_hours(config: dict[str, Any], shape: training_cost.ModelShape | None, 
 
 def hardware() -> dict[str, Any]:
     """Return this machine as run.json describes it."""
-    from medasst_tools.train import made_with
+    from medasst_tools.training.train import made_with
 
     return made_with()["hardware"]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rapidfuzz.distance import LCSseq
 from rouge_chinese import Rouge
 
-from medasst_tools.word_segmenter import spaced_words
+from medasst_tools.evaluation.word_segmenter import spaced_words
 
 
 class Scores(NamedTuple):

@@ -1,0 +1,1 @@
+"""Everything in results/ beside the paper's tables and figures."""
