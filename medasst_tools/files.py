@@ -2,11 +2,11 @@
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,47 +55,69 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def only_one_run(lock: Path, busy: str) -> Iterator[None]:
-    """Hold the lock file while the block runs; UserError(busy) if another process holds it. A killed run holds nothing."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy) from None
-        yield
+def locked(path: Path, busy: str, patience: float = 0.0) -> Iterator[int]:
+    """Hold the lock file while the block runs and yield its descriptor, which a child may inherit.
+
+    UserError(busy) if another process still holds it after `patience` seconds; a killed one holds nothing. The file itself
+    is empty and may lie anywhere: beside a folder that is moved, say.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise UserError(busy) from None
+                time.sleep(0.1)
+        yield file.fileno()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; {} if there is none or it is half-written."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file that a step wrote, None if there is no such file; UserError if it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged; remove it and run the step that writes it again")
+    return value
+
+
+HASHES = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "medasst", "sha256.json")
+_WORTH_KEEPING = 1 << 20  # bytes: less is hashed sooner than looked up
+_SETTLED = 2.0  # seconds without a change: a file that is just being written can change without another time stamp
 
 
 def sha256_of(path: Path) -> str:
-    """Return the file's sha256 in hexadecimal digits."""
+    """Return the file's sha256 in hexadecimal digits.
+
+    Those of large files are remembered across processes under inode, size and times, as git's index does, so that a verb
+    can look at gigabytes at once.
+    """
+    about = path.stat()
+    key = f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+    known = _known_hashes() if about.st_size >= _WORTH_KEEPING else {}
+    if key in known:
+        return known[key]
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if about.st_size >= _WORTH_KEEPING and time.time() - about.st_ctime > _SETTLED:
+        with contextlib.suppress(OSError, RuntimeError):  # no home, a full disk: hashed again then
+            write_text(HASHES.expanduser(), json.dumps(_known_hashes() | {key: digest}))
+    return digest
 
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json")
-MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer*", "*.safetensors")
-
-
-@functools.lru_cache(maxsize=1024)
-def _sha256_of_version(path: Path, _mtime_ns: int) -> str:
-    return sha256_of(path)  # gigabytes: once a process
-
-
-def model_sha256(folder: Path, patterns: tuple[str, ...] = MODEL_FILES) -> str | None:
-    """Return one sha256 over a model's or adapter's config, tokenizer and weights; None if it is no folder (a hub id)."""
-    if not folder.is_dir():
-        return None
-    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    lines = "".join(f"{path.name} {_sha256_of_version(path, path.stat().st_mtime_ns)}\n" for path in files)
-    return hashlib.sha256(lines.encode()).hexdigest()
+def _known_hashes() -> dict[str, str]:
+    try:
+        known = json.loads(HASHES.expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -109,3 +131,14 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number} is damaged; run the step that writes it again")
             yield record
+
+
+only_one_run = locked  # until every room has adopted the ledger
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json")
+
+
+def model_sha256(folder: Path, patterns: tuple[str, ...] = ()) -> str | None:
+    """Until every room has adopted the ledger."""
+    from medasst_tools import provenance
+
+    return provenance.folder_sha256(folder, patterns or provenance.MODEL_FILES)

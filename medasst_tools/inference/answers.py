@@ -1,0 +1,71 @@
+"""Answers that outlive a kill: what a model was asked, and what it said. Prediction, exams and safety questions share it.
+
+An answer is kept as it comes, under the sha256 of everything that it depends on: model, prompt, question. So a killed run
+goes on where it stopped, and a changed test set asks only what is new.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from medasst_tools.files import atomic_writer
+
+
+class AnswerStore:
+    """JSON lines of {"key", "answer"}, appended; several processes may each write a file of their own beside it."""
+
+    def __init__(self, path: Path):
+        """Read what is there: `path` and, of other processes, `<stem>-*.jsonl` beside it. A line that a kill cut counts for nothing."""
+        self.path, self.answers = path, {}
+        for file in [path, *sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))]:
+            if file.is_file():
+                self.answers |= _rows(file)
+        self._file = None
+
+    @staticmethod
+    def key(*asked: Any) -> str:
+        """Return the key of an answer: one sha256 over all that it depends on."""
+        return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+    def __contains__(self, key: str) -> bool:
+        """Say whether the question was answered."""
+        return key in self.answers
+
+    def __getitem__(self, key: str) -> Any:
+        """Return the answer; KeyError if there is none yet."""
+        return self.answers[key]
+
+    def __enter__(self) -> "AnswerStore":
+        """Open the file to add answers, without a last line that a kill cut: the next would be glued to it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
+            with atomic_writer(self.path) as file:
+                file.writelines(_line(key, answer) for key, answer in _rows(self.path).items())
+        self._file = self.path.open("ab", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def keep(self, key: str, answer: Any) -> None:
+        """Add one answer, on disk when this returns."""
+        self.answers[key] = answer
+        self._file.write(_line(key, answer))
+
+
+def _line(key: str, answer: Any) -> bytes:
+    return orjson.dumps({"key": key, "answer": answer}, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _rows(path: Path) -> dict[str, Any]:
+    rows = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            row = orjson.loads(line)
+            rows[row["key"]] = row["answer"]
+        except (ValueError, KeyError, TypeError):
+            continue
+    return rows
