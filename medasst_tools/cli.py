@@ -37,13 +37,9 @@ VERBS = {
         "medasst_tools.training.train",
         "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished",
     ),
-    "generate": (
-        "medasst_tools.inference.generate",
-        "a predict.yaml through LLaMA-Factory, in parts of like length: resumed if killed",
-    ),
     "predict": (
-        "medasst_tools.inference.endpoint",
-        "the test sets through any OpenAI-style endpoint, many requests at once; a killed run goes on",
+        "medasst_tools.inference.predict",
+        "the dialogue test sets, through LLaMA-Factory or any OpenAI-style endpoint; a killed run goes on",
     ),
     "score": ("medasst_tools.evaluation.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
     "exam": ("medasst_tools.evaluation.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),

@@ -64,7 +64,7 @@ def load(path: Path, overrides: Iterable[str] = (), kind: str = "train") -> dict
     if bad := [word for word in overrides if not re.match(r"[A-Za-z_][\w.]*=", word)]:
         raise UserError(f"override {bad[0]!r} must be key=value, without dashes")
     if not path.is_file():
-        raise UserError(f"no {path}; `medasst render` writes the configs of factory_configs/experiments.yaml")
+        raise UserError(_why_missing(path, kind))
     if not isinstance(written := read_yaml(path), dict):
         raise UserError(f"{path} holds {type(written).__name__}, must be settings; is it a {kind}.yaml?")
     try:  # OmegaConf reads the file again: 1e-4 is a number to it, and text to YAML 1.1
@@ -81,6 +81,16 @@ def load(path: Path, overrides: Iterable[str] = (), kind: str = "train") -> dict
     if problems := list(faults(config)):
         raise UserError(f"{path}: " + "; ".join(problems))
     return config
+
+
+def _why_missing(path: Path, kind: str) -> str:
+    others = sorted(file.name for file in path.parent.glob("*.yaml"))
+    reasons = {"train": "it isn't fine-tuned", "export": "it has no adapter to merge into a base"}
+    if kind in reasons and path.name == f"{kind}.yaml" and "chat.yaml" in others:
+        return (
+            f"{path.parent.name} has no {path.name}: {reasons[kind]}; use it as it is, there are {', '.join(others)}"
+        )
+    return f"no {path}; `medasst render` writes the configs of factory_configs/experiments.yaml"
 
 
 def faults(config: dict[str, Any]) -> Iterable[str]:

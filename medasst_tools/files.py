@@ -43,6 +43,13 @@ def _umask() -> int:
     return mask
 
 
+def open_permissions(folder: Path) -> None:
+    """Give the files of a folder the mode of every other file: safetensors makes them readable by their owner alone."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~_umask())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text with LF line ends, whole or not at all."""
     with atomic_writer(path) as file:

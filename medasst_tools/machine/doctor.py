@@ -224,7 +224,7 @@ def check_folder(folder: Path, names: list[str]) -> Check:
     )
     if not folder.is_dir():
         return Check("warn" if samples else "fail", "data", f"no {folder} yet", step)
-    manifest = read_json(folder / "manifest.json").get("datasets")
+    manifest = (read_json(folder / "manifest.json") or {}).get("datasets")
     if not isinstance(manifest, dict):
         return Check("fail", "data", f"{folder} has no whole manifest.json: its conversion didn't end", step)
     if missing := [name for name in names if name not in manifest]:
@@ -284,7 +284,7 @@ def check_hours(config: dict[str, Any], shape: training_cost.ModelShape | None, 
 
 def hardware() -> dict[str, Any]:
     """Return this machine as run.json describes it."""
-    from medasst_tools.training.train import made_with
+    from medasst_tools.machine.hardware import made_with
 
     return made_with()["hardware"]
 

@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -137,3 +138,33 @@ def missing_packages() -> list[str]:
 
     wanted = [Requirement(line) for line in metadata.requires("medasst-tools") or ()]
     return [r.name for r in wanted if (r.marker is None or r.marker.evaluate()) and installed(r.name) is None]
+
+
+PACKAGES = ("llamafactory", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "medasst-tools")
+
+
+def made_with() -> dict[str, Any]:
+    """Return what else something was made with: package versions, Python, git commit, hardware; for the record only."""
+    return {
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "commit": commit(),
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "gpus": [card.name for card in gpus()]},
+    }
+
+
+def commit() -> str:
+    """Return the checkout's commit, "-dirty" with changes; "unknown" outside a checkout or without git."""
+    words = ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(words, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        described = ""
+    return described or "unknown"
+
+
+def visible_gpus() -> list[str]:
+    """Return the names under which CUDA_VISIBLE_DEVICES may give each card to a process."""
+    count = len(gpus())
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return [name.strip() for name in names[:count]]

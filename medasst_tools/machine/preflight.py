@@ -4,6 +4,7 @@
 the next step. What can't be known is unknown and stops nothing.
 """
 
+import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,12 @@ class Check(NamedTuple):
         return f"{self.detail}; {self.step}" if self.step else self.detail
 
 
-def require(config: dict[str, Any]) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the option that goes past every refusal."""
+    parser.add_argument("--anyway", action="store_true", help="warn of what the checks find, and go on")
+
+
+def require(config: dict[str, Any], args: argparse.Namespace | None = None) -> None:
     """Raise UserError with one line if something will stop this config; print what is only doubtful."""
     failed = []
     for check in checks(config):
@@ -54,7 +60,9 @@ def require(config: dict[str, Any]) -> None:
             break  # the later ones ask more, and cost more
         if check.status == "warn" or (check.status, check.what) == ("unknown", "model"):
             print(f"warning: {check.line()}")
-    if failed:
+    if failed and args is not None and args.anyway:
+        print(f"warning: {failed[0].line()}; going on, as told")
+    elif failed:
         raise UserError(failed[0].line())
 
 
@@ -287,8 +295,8 @@ def training_tokens(config: dict[str, Any]) -> Tokens | None:
     """Return the records and tokens of the training data from the converted folder's own notes; None without them."""
     folder, cutoff = Path(config.get("dataset_dir") or "data"), config.get("cutoff_len", 2048)
     names = [name.strip() for name in str(config.get("dataset") or "").split(",") if name.strip()]
-    manifest = read_json(folder / "manifest.json").get("datasets", {})
-    audited = read_json(folder / "audit.json").get("datasets", {})
+    manifest = (read_json(folder / "manifest.json") or {}).get("datasets", {})
+    audited = (read_json(folder / "audit.json") or {}).get("datasets", {})
     if not names or any(name not in manifest for name in names):
         return None
     records, tokens, exact = 0, 0.0, True
