@@ -86,7 +86,7 @@ def our_scores(pairs: list[tuple[str, str]], workers: int) -> tuple[float, list]
 def exam_prompts(model_dir: Path, exams_dir: Path):
     """Return (model, tokenizer, letters' ids, prompts by subject) at 5 shots."""
     from medasst_tools.evaluation import exam
-    from medasst_tools.evaluation.exam_questions import LETTERS, load_protocol, load_subjects
+    from medasst_tools.data.exam_questions import LETTERS, load_protocol, load_subjects
 
     protocol = load_protocol()
     config = {"model_name_or_path": str(model_dir), "template": "qwen", "infer_dtype": "float32"}

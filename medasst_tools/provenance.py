@@ -8,6 +8,7 @@ logging, saving, workers, comments, and how a path is spelled.
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -26,57 +27,17 @@ MODEL_FILES = (
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json")
 # They change how a run is logged, saved, fed or shown, not what comes out of it. Paths are here because files count by
 # what they hold, not by where they are.
-CHANGES_NO_RESULT = frozenset(
-    [
-        "adapter_name_or_path",
-        "cache_dir",
-        "dataloader_num_workers",
-        "dataloader_persistent_workers",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-        "dataset_dir",
-        "ddp_timeout",
-        "disable_tqdm",
-        "do_predict",
-        "do_train",
-        "hf_hub_token",
-        "hub_model_id",
-        "hub_token",
-        "include_effective_tokens_per_second",
-        "include_num_input_tokens_seen",
-        "include_tokens_per_second",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "logging_dir",
-        "logging_first_step",
-        "logging_nan_inf_filter",
-        "logging_steps",
-        "logging_strategy",
-        "model_name_or_path",
-        "ms_hub_token",
-        "om_hub_token",
-        "output_dir",
-        "overwrite_cache",
-        "overwrite_output_dir",
-        "per_device_eval_batch_size",
-        "plot_loss",
-        "preprocessing_num_workers",
-        "print_param_status",
-        "project",
-        "push_to_hub",
-        "report_to",
-        "resume_from_checkpoint",
-        "run_name",
-        "save_on_each_node",
-        "save_only_model",
-        "save_safetensors",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-        "trackio_space_id",
-    ]
+_CHANGE_NO_RESULT = (
+    "adapter_name_or_path cache_dir dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory "
+    "dataloader_prefetch_factor dataset_dir ddp_timeout disable_tqdm do_predict do_train hf_hub_token hub_model_id "
+    "hub_token include_effective_tokens_per_second include_num_input_tokens_seen include_tokens_per_second log_level "
+    "log_level_replica log_on_each_node logging_dir logging_first_step logging_nan_inf_filter logging_steps "
+    "logging_strategy model_name_or_path ms_hub_token om_hub_token output_dir overwrite_cache overwrite_output_dir "
+    "per_device_eval_batch_size plot_loss preprocessing_num_workers print_param_status project push_to_hub report_to "
+    "resume_from_checkpoint run_name save_on_each_node save_only_model save_safetensors save_steps save_strategy "
+    "save_total_limit trackio_space_id "
 )
+CHANGES_NO_RESULT = frozenset(_CHANGE_NO_RESULT.split())
 SAME_AS_UNSET = {"flash_attn": ("auto", "sdpa")}  # transformers takes SDPA where nothing is asked for
 MUST_FIT = {"template": "template", "default_system": "system prompt", "enable_thinking": "enable_thinking"}
 
@@ -93,15 +54,15 @@ def made_of(
     return {name: dict(sorted(part.items())) for name, part in parts.items() if part}
 
 
-def settings_that_matter(config: dict[str, Any]) -> dict[str, Any]:
+def settings_that_matter(config: dict[str, Any], also_neutral: Iterable[str] = ()) -> dict[str, Any]:
     """Return the settings of a LLaMA-Factory config on which its outcome depends, without those that are as if unset.
 
-    Of a training the generation settings are no part: they don't change a weight.
+    Of a training the generation settings are no part: they don't change a weight. also_neutral: what else is no part.
     """
     known, kept = configs.known_settings(), {}
     for key, value in sorted(config.items()):
         generation = key in known and known[key].owner == configs.GENERATION_CLASS
-        if key in CHANGES_NO_RESULT or (config.get("do_train") and generation):
+        if key in CHANGES_NO_RESULT or key in also_neutral or (config.get("do_train") and generation):
             continue
         if value is None or value in SAME_AS_UNSET.get(key, ()) or (key in known and value == known[key].default):
             continue
@@ -170,9 +131,9 @@ def package_versions(*names: str) -> dict[str, str]:
 
 
 # ---- records --------------------------------------------------------------------------------------------------------
-def record(about: dict[str, Any], outputs: Iterable[Path] = ()) -> dict[str, Any]:
-    """Return the keys that every record has: `made_of`, and `outputs` with the sha256 of each file beside the record."""
-    return {"made_of": about, "outputs": {path.name: sha256_of(path) for path in outputs}}
+def record(path: Path, about: dict[str, Any], outputs: Iterable[Path] = ()) -> dict[str, Any]:
+    """Return the keys that every record has: `made_of`, and `outputs` with the sha256 of each file, named as seen from `path`."""
+    return {"made_of": about, "outputs": {os.path.relpath(file, path.parent): sha256_of(file) for file in outputs}}
 
 
 def recorded(path: Path) -> dict[str, Any] | None:
@@ -351,17 +312,25 @@ def describe(config: dict[str, Any], run: dict[str, Any] | None) -> str:
 def shown_name(experiment: str, configs_dir: Path = CONFIGS_DIR, **used: dict[str, Any] | None) -> str:
     """Return an experiment's name as it may stand beside a number: `demo (max_steps=2)` if it was run otherwise.
 
-    used: the `made_of` of what the number comes from, under the name of the rendered config that it belongs to (train=,
-    predict=, chat=). What differs from that config as it is rendered now is part of the name.
+    used: the `made_of` of what the number comes from: train=, predict=, chat= (safety) or exam=. What differs from the
+    config as it is rendered now is part of the name.
     """
     other = {}
     for kind, about in used.items():
-        rendered = configs_dir / experiment / f"{kind}.yaml"
+        rendered = configs_dir / experiment / f"{'chat' if kind == 'exam' else kind}.yaml"
         if not about or not rendered.is_file():
             continue
-        expected = settings_that_matter(configs.load(rendered, kind=kind))
+        config = configs.load(rendered, kind=rendered.stem)
+        expected = exam_settings(config) if kind == "exam" else settings_that_matter(config)
         actual = {key: value for key, value in about.get("settings", {}).items() if key in configs.known_settings()}
         for key in sorted(expected.keys() | actual.keys()):
             if actual.get(key) != expected.get(key):
                 other[key] = brief(actual.get(key))
+        if limit := about.get("settings", {}).get("limit"):
+            other["limit"] = limit
     return experiment + (f" ({', '.join(f'{key}={value}' for key, value in other.items())})" if other else "")
+
+
+def exam_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a chat.yaml on which an answer by its letters' probabilities depends: none of generation's."""
+    return settings_that_matter(config | {"do_train": True}, also_neutral=("infer_backend",))

@@ -81,7 +81,7 @@ def test_personal_data_is_counted(converted):
 
 
 def test_exam_questions_are_looked_for(tmp_path, converted):
-    from medasst_tools.evaluation.exam_questions import load_protocol, load_subjects
+    from medasst_tools.data.exam_questions import load_protocol, load_subjects
 
     stem = load_subjects(SAMPLES / "exams", load_protocol())[0].questions[0].text
     raw = write_raw(tmp_path / "raw2", [qa(stem + "？")], TEST)

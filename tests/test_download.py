@@ -12,7 +12,7 @@ from hub_server import Hub
 
 from medasst_tools.data import download
 from medasst_tools.data.registry import load_datasets
-from medasst_tools.evaluation.exam_questions import load_protocol
+from medasst_tools.data.exam_questions import load_protocol
 
 CORPUS = "tyang816/MedChatZH"
 LINE = (

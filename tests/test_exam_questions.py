@@ -7,7 +7,7 @@ import pytest
 from conftest import SAMPLES
 
 from medasst_tools.errors import UserError
-from medasst_tools.evaluation.exam_questions import load_protocol, load_subjects, messages, questions_sha256
+from medasst_tools.data.exam_questions import load_protocol, load_subjects, messages, questions_sha256
 
 PROTOCOL = load_protocol()
 EXAMS = SAMPLES / "exams"

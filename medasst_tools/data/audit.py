@@ -122,7 +122,7 @@ def exam_questions(exams_dir: Path | None) -> dict[str, list[str]]:
     """Return {"cmmlu": stems, "ceval": stems}; nothing without a folder."""
     if exams_dir is None:
         return {}
-    from medasst_tools.evaluation.exam_questions import load_protocol, load_subjects
+    from medasst_tools.data.exam_questions import load_protocol, load_subjects
 
     stems: dict[str, list[str]] = {}
     for subject in load_subjects(exams_dir, load_protocol()):

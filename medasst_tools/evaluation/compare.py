@@ -1,9 +1,10 @@
-"""Say whether one experiment is better than another on the same records, and how sure that is.
+"""Say whether one experiment is better than another on the same records, how sure that is, and what could have been seen.
 
 Run: `medasst compare results/medasst results/qwen2_7b`; it compares what `medasst score` and `medasst exam` left in both.
 
-Dialogues: paired bootstrap over records (Koehn 2004). Exams: McNemar's exact test over the questions that one of the two
-answers and the other doesn't.
+Dialogues: paired bootstrap over records (Koehn 2004), whole clusters drawn, each test set a stratum. Exams: McNemar's exact
+test in each exam, and a paired interval of the paper's average. ROUGE-L is the primary score; the other scores and the
+exams are adjusted together for their number (Holm).
 """
 
 import argparse
@@ -11,13 +12,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from medasst_tools import provenance
 from medasst_tools.errors import UserError
-from medasst_tools.files import read_jsonl, sha256_of, write_json
+from medasst_tools.evaluation import statistics
+from medasst_tools.evaluation.score import metric_names, read_predictions
+from medasst_tools.files import read_json, read_jsonl, write_json
 
-METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
-SIGNIFICANT = 0.05
+SAME_EXAM = ("shots", "orders", "limit", "prompt", "exam_version", "questions_sha256")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,101 +41,167 @@ def run(args: argparse.Namespace) -> None:
 
 
 def compare_folders(a: Path, b: Path) -> dict[str, Any]:
-    """Return {"dialogues": ..., "exam": ...} of what both folders have; UserError if they can't be compared."""
+    """Return {"dialogues": ..., "exam": ...} of what both folders have; UserError if they can't be compared.
+
+    Every row has `difference` (a - b, percent points), `p`, `adjusted` (p after Holm, but for the primary score) and
+    `visible`, the smallest difference that would have been found with 80 % power.
+    """
     for folder in (a, b):
         if not folder.is_dir():
             raise UserError(f"no folder {folder}; `make eval EXPERIMENT={folder.name}` makes it")
     comparison = {}
-    if all((folder / "per_record.jsonl").is_file() for folder in (a, b)):
+    if all((folder / "scores.json").is_file() for folder in (a, b)):
         comparison["dialogues"] = compare_dialogues(a, b)
-    if all((folder / "exam.jsonl").is_file() for folder in (a, b)):
+    if all((folder / "exam.json").is_file() for folder in (a, b)):
         comparison["exam"] = compare_exams(a, b)
+    adjust(comparison)
     return comparison
 
 
+def adjust(comparison: dict[str, Any]) -> None:
+    """Put `adjusted` into every row: the primary score's p as it is, all others' together by Holm."""
+    from medasst_tools.evaluation.text_metrics import PRIMARY
+
+    rows = {("dialogues", name): row for name, row in comparison.get("dialogues", {}).get("metrics", {}).items()}
+    rows |= {("exam", name): row for name, row in comparison.get("exam", {}).get("benchmarks", {}).items()}
+    secondary = {key: row["p"] for key, row in rows.items() if key != ("dialogues", PRIMARY)}
+    adjusted = statistics.holm(secondary)
+    for key, row in rows.items():
+        row["adjusted"] = adjusted.get(key, row["p"])
+
+
+# ---- dialogues ------------------------------------------------------------------------------------------------------
 def compare_dialogues(a: Path, b: Path) -> dict[str, Any]:
-    """Return, for each metric, the difference of means (a - b, percent points), its interval, p-value and shares of wins."""
+    """Return {"n", "metrics": {metric: row}, "signature"}; a row also has `ci95` and the shares of `wins` and `ties`."""
     import numpy as np
 
-    from medasst_tools.evaluation.statistics import RESAMPLES, SEED, resampled_means
-
-    check_same_references(a, b)
+    sizes = [check_scores(folder) for folder in (a, b)]
+    prompts = same_references(a, b)
     tables = [_scores_per_record(folder) for folder in (a, b)]
-    if len(tables[0]) != len(tables[1]):
-        raise UserError(f"{a} has {len(tables[0])} scored records and {b} {len(tables[1])}: score both again")
+    if not len(tables[0]) == len(tables[1]) == len(prompts):
+        raise UserError(f"{a} has {len(tables[0])} scored records and {b} {len(tables[1])}: `make score` both again")
+    grouping = {"clusters": statistics.clusters_of(prompts)}
+    if sizes[0]:
+        grouping["strata"] = statistics.strata_of(sizes[0])
     differences = tables[0] - tables[1]
-    resampled = resampled_means(differences)
+    resampled = statistics.resampled_means(differences, **grouping)
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-    report: dict[str, Any] = {"n": len(differences)}
-    for column, metric in enumerate(METRICS):
-        difference, means = differences[:, column], resampled[:, column]
-        report[metric] = {
-            "difference": round(float(difference.mean()), 4),
-            "ci95": [round(float(low[column]), 4), round(float(high[column]), 4)],
-            "p": bootstrap_p(means),
-            "wins": float((difference > 0).mean()),
-            "ties": float((difference == 0).mean()),
-            "resamples_won": float((means > 0).mean()),
+    rows = {}
+    for column, metric in enumerate(metric_names()):
+        values, means = differences[:, column], resampled[:, column]
+        enough = len(values) > 1
+        rows[metric] = {
+            "difference": round(float(values.mean()), 4),
+            "ci95": [round(float(low[column]), 4), round(float(high[column]), 4)] if enough else None,
+            "p": statistics.bootstrap_p(means) if enough else 1.0,
+            "wins": float((values > 0).mean()),
+            "ties": float((values == 0).mean()),
+            "visible": round(statistics.smallest_visible(float(means.std())), 4) if enough else None,
         }
-    report["signature"] = f"paired-bootstrap-{RESAMPLES},seed-{SEED}|two-sided|n:{len(differences)}"
-    return report
+    drawn = f"{len(set(grouping['clusters']))} clusters, {len(set(grouping.get('strata', [0])))} strata"
+    signature = (
+        f"paired-bootstrap-{statistics.RESAMPLES},seed-{statistics.SEED}|{drawn}|two-sided|n:{len(differences)}"
+    )
+    return {"n": len(differences), "metrics": rows, "signature": signature}
 
 
-def bootstrap_p(resampled_differences) -> float:
-    """Return the two-sided p-value that the mean difference isn't zero; never 0, which no resampling can show."""
-    count = len(resampled_differences)
-    tail = min((resampled_differences <= 0).sum(), (resampled_differences >= 0).sum())
-    return min(1.0, 2 * (int(tail) + 1) / (count + 1))
+def check_scores(folder: Path) -> list[int]:
+    """Return the sizes of the test sets that a folder's scores are of; UserError unless predictions and records are theirs."""
+    scores = read_json(folder / "scores.json") or {}
+    predictions = folder / "generated_predictions.jsonl"
+    if not predictions.is_file():
+        raise UserError(f"no {predictions}; `make predict EXPERIMENT={folder.name}` makes it")
+    again = f"`make score EXPERIMENT={folder.name}` makes them again"
+    if scores.get("predictions") != provenance.sha256_of(predictions):
+        raise UserError(f"{folder / 'scores.json'} is of other predictions than {predictions}: stale; {again}")
+    changed = [*provenance.changed_outputs(folder / "scores.json", scores)]
+    if changed or "per_record.jsonl" not in scores.get("outputs", {}):
+        raise UserError(
+            f"{folder / 'per_record.jsonl'} isn't what {folder / 'scores.json'} was made with: stale; {again}"
+        )
+    return [row["n"] for row in scores.get("by_dataset", {}).values()]
 
 
-def check_same_references(a: Path, b: Path) -> None:
-    """Raise UserError unless both predicted the same records in the same order, and were scored since."""
+def same_references(a: Path, b: Path) -> list[str]:
+    """Return the prompts; UserError unless both predicted the same records in the same order."""
     files = [folder / "generated_predictions.jsonl" for folder in (a, b)]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"no {file}; `make predict EXPERIMENT={file.parent.name}` makes it")
-        scores = file.with_name("scores.json")
-        scored = orjson.loads(scores.read_bytes())["predictions"]["sha256"] if scores.is_file() else None
-        if scored != sha256_of(file):
-            raise UserError(f"{file} isn't what {scores} was made of; run `medasst score` again")
-    for number, (record_a, record_b) in enumerate(zip_longest(*map(read_jsonl, files)), 1):
-        if record_a is None or record_b is None:
-            shorter = files[0] if record_a is None else files[1]
-            raise UserError(f"{shorter} ends after {number - 1} records, the other goes on: of another test set?")
-        if _reference(record_a) != _reference(record_b):
+    prompts = []
+    for number, (row_a, row_b) in enumerate(zip_longest(*map(read_predictions, files)), 1):
+        if row_a is None or row_b is None:
+            shorter = files[0] if row_a is None else files[1]
+            raise UserError(
+                f"{shorter} ends after {number - 1} records, the other goes on: of another test set, or with max_samples?"
+            )
+        if _reference(row_a.label) != _reference(row_b.label):
             raise UserError(f"{files[0]} and {files[1]} have different labels in line {number}: of another test set?")
+        prompts.append(row_a.prompt or str(number))
+    return prompts
 
 
-def _reference(record: dict[str, str]) -> str:
+def _reference(label: str) -> str:
     # tokenizers differ in white space, and cut at different places
-    return "".join(record["label"].split())[:20]
+    return "".join(label.replace("<think>", "").replace("</think>", "").split())[:20]
 
 
 def _scores_per_record(folder: Path):
     import numpy as np
 
-    return np.array([[record[metric] for metric in METRICS] for record in read_jsonl(folder / "per_record.jsonl")])
+    rows = list(read_jsonl(folder / "per_record.jsonl"))
+    if missing := [name for name in metric_names() if rows and name not in rows[0]]:
+        raise UserError(
+            f"{folder / 'per_record.jsonl'} has no {missing[0]}; `make score EXPERIMENT={folder.name}` makes it again"
+        )
+    return np.array([[row[name] for name in metric_names()] for row in rows])
 
 
+# ---- exams ----------------------------------------------------------------------------------------------------------
 def compare_exams(a: Path, b: Path) -> dict[str, Any]:
-    """Return the questions that only one of the two answers right, and McNemar's exact two-sided p-value."""
-    from scipy.stats import binomtest
+    """Return {"n", "benchmarks": {name: row}, "average": row, "signature"}.
 
+    A benchmark's row has `only_a` and `only_b`, the questions that only one of the two answers right; the average's
+    difference is that of the table, with a paired interval.
+    """
+    import numpy as np
+
+    reports = [read_json(folder / "exam.json") or {} for folder in (a, b)]
+    if differing := [key for key in SAME_EXAM if reports[0].get(key) != reports[1].get(key)]:
+        got = f"{provenance.brief(reports[0].get(differing[0]))} and {provenance.brief(reports[1].get(differing[0]))}"
+        raise UserError(f"{a} and {b} were examined with other {differing[0]} ({got}): `make exam` both alike")
+    for folder, report in zip((a, b), reports, strict=True):
+        if changed := list(provenance.changed_outputs(folder / "exam.json", report)):
+            raise UserError(
+                f"{folder / changed[0]} was changed since {folder / 'exam.json'}; `make exam EXPERIMENT={folder.name}`"
+            )
     answers = [_right_answers(folder) for folder in (a, b)]
     if answers[0].keys() != answers[1].keys():
         missing = sorted(answers[0].keys() ^ answers[1].keys())[0]
         raise UserError(f"{a} and {b} were asked different questions ({'/'.join(missing)}): `make exam` both again")
-    only_a = sum(right and not answers[1][key] for key, right in answers[0].items())
-    only_b = sum(right and not answers[0][key] for key, right in answers[1].items())
-    p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return {
-        "n": len(answers[0]),
-        "difference": round(100 * (only_a - only_b) / len(answers[0]), 4),
-        "only_a": only_a,
-        "only_b": only_b,
-        "p": float(p),
-        "signature": f"mcnemar-exact|two-sided|n:{len(answers[0])}",
+    rows, resampled = {}, []
+    for benchmark in dict.fromkeys(key[0] for key in answers[0]):
+        keys = [key for key in answers[0] if key[0] == benchmark]
+        differences = np.array([[float(answers[0][key]) - answers[1][key]] for key in keys])
+        only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
+        means = statistics.resampled_means(100 * differences, seed=statistics.SEED + len(resampled))[:, 0]
+        resampled.append(means)
+        rows[benchmark] = {
+            "n": len(keys),
+            "difference": 100 * (only_a - only_b) / len(keys),
+            "only_a": only_a,
+            "only_b": only_b,
+            "p": statistics.mcnemar(only_a, only_b),
+            "visible": round(statistics.smallest_visible(100 * float(differences.std()) / len(keys) ** 0.5), 4),
+        }
+    mean = np.mean(resampled, axis=0)
+    average = {
+        "difference": sum(row["difference"] for row in rows.values()) / len(rows),
+        "ci95": np.percentile(mean, [2.5, 97.5]).round(4).tolist(),
+        "visible": round(statistics.smallest_visible(float(mean.std())), 4),
     }
+    counts = "+".join(f"{name}:{row['n']}" for name, row in rows.items())
+    signature = (
+        f"mcnemar-exact|average:paired-bootstrap-{statistics.RESAMPLES},seed-{statistics.SEED}|two-sided|{counts}"
+    )
+    return {"n": len(answers[0]), "benchmarks": rows, "average": average, "signature": signature}
 
 
 def _right_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
@@ -144,27 +211,39 @@ def _right_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
     }
 
 
-def verdict(difference: float, p: float) -> str:
+# ---- the outcome ----------------------------------------------------------------------------------------------------
+def verdict(row: dict[str, Any]) -> str:
     """Return "a", "b" or "no difference shown"."""
-    if p >= SIGNIFICANT:
+    if row["adjusted"] >= statistics.ALPHA or row["difference"] == 0:
         return "no difference shown"
-    return "a" if difference > 0 else "b"
+    return "a" if row["difference"] > 0 else "b"
 
 
 def print_comparison(comparison: dict[str, Any]) -> None:
-    """Print one line a metric: difference, interval, p-value, shares of records won, verdict."""
-    print(f"a = {comparison['a']}, b = {comparison['b']}; difference = a - b, percent points")
+    """Print one line a score: difference, interval, p, what could have been seen, verdict."""
+    from medasst_tools.evaluation.text_metrics import PRIMARY
+
+    print(
+        f"a = {comparison['a']}, b = {comparison['b']}; difference = a - b, percent points; {PRIMARY} is the primary score"
+    )
     if dialogues := comparison.get("dialogues"):
-        for metric in METRICS:
-            row = dialogues[metric]
-            low, high = row["ci95"]
-            print(
-                f"{metric:8} {row['difference']:+7.2f} [{low:+.2f}, {high:+.2f}]  p {row['p']:.4f}  a better in "
-                f"{row['wins']:.0%} of records, equal in {row['ties']:.0%}  better: {verdict(row['difference'], row['p'])}"
-            )
+        for metric, row in dialogues["metrics"].items():
+            won = f"a better in {row['wins']:.0%} of records, equal in {row['ties']:.0%}"
+            print(f"{metric:8} {_row(row)}  {won}  better: {verdict(row)}")
         print(dialogues["signature"])
     if exam := comparison.get("exam"):
-        print(
-            f"exam     {exam['difference']:+7.2f}  p {exam['p']:.4f}  only a right {exam['only_a']}, only b right "
-            f"{exam['only_b']}  better: {verdict(exam['difference'], exam['p'])}\n{exam['signature']}"
-        )
+        for name, row in exam["benchmarks"].items():
+            print(
+                f"{name:8} {_row(row)}  only a right {row['only_a']}, only b right {row['only_b']}  better: {verdict(row)}"
+            )
+        print(f"average  {exam['average']['difference']:+7.2f} {_bounds(exam['average'])}\n{exam['signature']}")
+
+
+def _row(row: dict[str, Any]) -> str:
+    visible = "" if row["visible"] is None else f" (could see {row['visible']:.2f})"
+    return f"{row['difference']:+7.2f} {_bounds(row)}  p {row['p']:.4f}, adjusted {row['adjusted']:.4f}{visible}"
+
+
+def _bounds(row: dict[str, Any]) -> str:
+    bounds = row.get("ci95")
+    return "" if bounds is None else f"[{bounds[0]:+.2f}, {bounds[1]:+.2f}]"

@@ -1,27 +1,25 @@
 """Ask a model the medical questions of CMMLU and C-Eval and mark its answers by the probabilities of A, B, C, D.
 
-Run: `medasst exam factory_configs/demo/chat.yaml --exams-dir data/exams --out results/demo [--shots 5]`
+Run: `medasst exam factory_configs/demo/chat.yaml --exams-dir data/exams --out results/demo [--shots 5] [--orders 4]`
 
 The model is loaded through LLaMA-Factory, with the experiment's own template and system prompt; `dataset_info/exams.yaml`
-says how is asked. Answers are kept as they come: a killed run goes on where it stopped.
+says how is asked. Answers are kept as they come, and asked again only where model, prompt or question differ.
 """
 
 import argparse
 import copy
-import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator
-from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-import yaml
 
-from medasst_tools import __version__
-from medasst_tools.errors import UserError
-from medasst_tools.evaluation.exam_questions import (
+from medasst_tools import __version__, console, provenance
+from medasst_tools.config import load, nearest
+from medasst_tools.data.exam_questions import (
     LETTERS,
     Question,
     Subject,
@@ -30,21 +28,25 @@ from medasst_tools.evaluation.exam_questions import (
     messages,
     questions_sha256,
 )
-from medasst_tools.files import atomic_writer, model_sha256, sha256_of, write_json
+from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.evaluation.statistics import average_interval, brier, expected_calibration_error, rate, wilson
+from medasst_tools.files import atomic_writer, locked, write_json
+from medasst_tools.inference.answers import AnswerStore
 from medasst_tools.machine import preflight
-from medasst_tools.run_manifest import check_and_print
 
 BATCH_TOKENS = 8192  # padded tokens at once: a few hundred MB for a 7B model
-PARTIAL = ".exam.partial.jsonl"
-ECE_BINS = 10
+EXAM_KEYS = ("benchmark", "subject", "id", "answer", "predicted", "probs")
+AVERAGED = ("cmmlu", "ceval")  # the paper's average, whatever else is asked
+VERSIONS = ("llamafactory", "transformers", "torch")
 
 
 class Prompt(NamedTuple):
-    """A question as token ids, and how many examples had to go for it to fit the model."""
+    """A question in one order of its options as token ids, and how many examples had to go for it to fit the model."""
 
     question: Question
     ids: list[int]
     dropped: int
+    order: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for exam.jsonl and exam.json")
     parser.add_argument("--shots", type=int, choices=(0, 5), default=0, help="examples before each question (0)")
+    parser.add_argument("--orders", type=int, choices=(1, 4), default=1, help="cyclic orders of the options (1)")
+    parser.add_argument("--prompt", help="one of the prompts of exams.yaml (its first)")
     parser.add_argument("--limit", type=int, help="only the first N questions of each subject")
+    preflight.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -63,119 +68,115 @@ def run(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}, must be 1 or more")
     protocol = load_protocol()
-    subjects = load_subjects(args.exams_dir, protocol)
-    config = load_chat_config(args.chat_config)
-    facts = {
-        "run": check_and_print(config, args.chat_config),
-        "chat_config": {"file": args.chat_config.as_posix(), "sha256": sha256_of(args.chat_config)},
-        "model": {
-            config[key]: model_sha256(Path(config[key]))
-            for key in ("model_name_or_path", "adapter_name_or_path")
-            if key in config
-        },
-        "questions_sha256": questions_sha256(subjects),
-        "shots": args.shots,
-        "limit": args.limit,
-        "exam_version": protocol["version"],
-    }
-    asked = [question for subject in subjects for question in subject.questions[: args.limit]]
-    partial = args.out / PARTIAL
-    args.out.mkdir(parents=True, exist_ok=True)
-    answers = read_partial(partial, facts)
-    if len(answers) < len(asked):
-        if answers:
-            print(f"{partial}: going on after {len(answers)} of {len(asked)} answers")
-        answers |= answer_rest(config, subjects, protocol, facts, answers, partial)
-    rows = [answers[_key(question)] for question in asked]
-    with atomic_writer(args.out / "exam.jsonl") as file:
-        file.writelines(orjson.dumps({k: row[k] for k in EXAM_KEYS}, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
-    report = summarise(rows, subjects) | facts
-    report["dropped_examples"] = sum(row["dropped"] for row in rows)
-    report["signature"] = signature(report, config)
-    write_json(args.out / "exam.json", report)
-    partial.unlink()
-    print_summary(args.out / "exam.json", report)
-
-
-EXAM_KEYS = ("benchmark", "subject", "id", "answer", "predicted", "probs")
-
-
-def load_chat_config(path: Path) -> dict[str, Any]:
-    """Return a chat.yaml; UserError if it isn't one."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    name = args.prompt or next(iter(protocol["prompts"]))
+    if name not in protocol["prompts"]:
         raise UserError(
-            f"no {path}; `medasst render` writes the configs of factory_configs/experiments.yaml"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict) or not config.get("model_name_or_path") or not config.get("template"):
-        raise UserError(f"{path} says no model_name_or_path or no template; is it a chat.yaml?")
-    if "stage" in config or "do_predict" in config:
-        raise UserError(f"{path} is a config for training or prediction; give the experiment's chat.yaml")
-    for key in ("model_name_or_path", "adapter_name_or_path"):
-        if str(config.get(key, "")).startswith("saves/") and not Path(config[key]).is_dir():
-            raise UserError(f"{path}: no {config[key]}; `make train EXPERIMENT={Path(config[key]).name}` makes it")
-    return config
+            f"no prompt {name!r} in exams.yaml{nearest(name, protocol['prompts'])}; there are {', '.join(protocol['prompts'])}"
+        )
+    subjects = load_subjects(args.exams_dir, protocol)
+    config = load(args.chat_config, kind="chat")
+    trained = provenance.check_model(config, args.chat_config)
+    facts = {
+        "shots": args.shots,
+        "orders": args.orders,
+        "limit": args.limit,
+        "prompt": name,
+        "exam_version": protocol["version"],
+        "questions_sha256": questions_sha256(subjects),
+    }
+    about = made_of(config, facts)
+    if provenance.up_to_date(args.out / "exam.json", about):
+        return
+    print(provenance.describe(config, trained))
+    args.out.mkdir(parents=True, exist_ok=True)
+    with locked(
+        args.out.parent / f".{args.out.name}.exam.lock",
+        f"{args.out} is being examined by another process; wait for it",
+    ):
+        wording = protocol["prompts"][name]
+        rows = answer_all(
+            args, config, subjects, wording, {"model": about["model"], "settings": provenance.exam_settings(config)}
+        )
+        write_results(args.out, rows, subjects, facts, about, config)
 
 
-def _key(question: Question) -> tuple[str, str, str]:
-    return question.benchmark, question.subject, question.id
+def made_of(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what the exam's result depends on: the model, how it is asked, the questions."""
+    settings = provenance.exam_settings(config) | {key: value for key, value in facts.items() if value is not None}
+    files = {"questions": settings.pop("questions_sha256")}
+    code = {"medasst exam": provenance.code_sha256("evaluation/exam.py", "evaluation/statistics.py")}
+    return provenance.made_of(settings, files, provenance.model_identity(config), code)
 
 
-def read_partial(path: Path, facts: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Return the answers of an interrupted run over the same model, questions and settings; a cut last line doesn't count."""
-    if not path.is_file():
-        return {}
-    rows = []
-    for line in path.read_bytes().splitlines():
-        try:
-            rows.append(orjson.loads(line))
-        except orjson.JSONDecodeError:
-            break
-    if not rows or rows[0] != facts:
-        return {}
-    return {(row["benchmark"], row["subject"], row["id"]): row for row in rows[1:]}
+# ---- asking ---------------------------------------------------------------------------------------------------------
+def answer_all(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    subjects: list[Subject],
+    wording: dict[str, str],
+    asked: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Return the row of every question in every order, in the exams' order; each is kept as it is answered."""
+    store = AnswerStore(args.out / "answers" / "exam.jsonl")
+    keys = {
+        (question, order): AnswerStore.key(asked, wording, question, order, [*subject.examples[: args.shots]])
+        for subject in subjects
+        for question in subject.questions[: args.limit]
+        for order in range(args.orders)
+    }
+    missing = {one for one, key in keys.items() if key not in store}
+    if missing:
+        preflight.require(config, args)
+        with console.logged(args.out / "exam.log") as terminal, store:
+            if len(missing) < len(keys):
+                print(f"going on: {len(keys) - len(missing)} of {len(keys)} answers are there", file=terminal)
+            with console.bar(terminal, total=len(missing), desc="exam", unit="question") as bar:
+                for prompt, probabilities in _answers(config, subjects, missing, args.shots, wording):
+                    key = keys[prompt.question, prompt.order]
+                    store.keep(key, {"probs": probabilities, "dropped": prompt.dropped})
+                    bar.update()
+    return [_row(question, order, **store[key]) for (question, order), key in keys.items()]
 
 
-def answer_rest(config, subjects: list[Subject], protocol, facts, answered: dict, partial: Path) -> dict:
-    """Answer what isn't answered, keeping every batch in the partial file; return the new answers by key."""
-    from tqdm import tqdm
-
-    preflight.require(config)
+def _answers(
+    config: dict[str, Any],
+    subjects: list[Subject],
+    missing: set[tuple[Question, int]],
+    shots: int,
+    wording: dict[str, str],
+) -> Iterator[tuple[Prompt, list[float]]]:
+    """Yield (prompt, probabilities of A to D as they stood in it) of all that is missing; CheckFailed if they are no numbers."""
     model, tokenizer, template = load_model(config)
     letter_ids = [tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in LETTERS]
-    new = {}
-    with atomic_writer(partial) as start:
-        start.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in [facts, *answered.values()])
-    total = sum(len(subject.questions[: facts["limit"]]) for subject in subjects)
-    with (
-        partial.open("ab", buffering=0) as file,
-        tqdm(total=total, initial=len(answered), desc="exam", disable=None) as bar,
-    ):
-        for subject in subjects:
-            open_questions = [
-                question for question in subject.questions[: facts["limit"]] if _key(question) not in answered
-            ]
-            encode = lambda turns: template.encode_oneturn(tokenizer, turns)[0]  # noqa: E731
-            prompts = [
-                make_prompt(q, subject, facts["shots"], protocol["prompt"], encode, _positions(model))
-                for q in open_questions
-            ]
-            for batch, probabilities in answer_prompts(model, prompts, letter_ids, tokenizer.pad_token_id):
-                rows = [_row(prompt, probs) for prompt, probs in zip(batch, probabilities, strict=True)]
-                new |= {_key(prompt.question): row for prompt, row in zip(batch, rows, strict=True)}
-                file.write(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
-                bar.update(len(batch))
-    return new
+    encode = lambda turns: template.encode_oneturn(tokenizer, turns)[0]  # noqa: E731
+    for subject in subjects:
+        prompts = [
+            make_prompt(rotated(question, order), subject, shots, wording, encode, _positions(model))._replace(
+                question=question, order=order
+            )
+            for question in subject.questions
+            for order in range(len(LETTERS))
+            if (question, order) in missing
+        ]
+        for batch, probabilities in answer_prompts(model, prompts, letter_ids, tokenizer.pad_token_id):
+            if not all(math.isfinite(value) for row in probabilities for value in row):
+                raise CheckFailed("the model answers with NaN: its weights, or the adapter's, aren't numbers; no exam")
+            yield from zip(batch, probabilities, strict=True)
 
 
-def _row(prompt: Prompt, probs: list[float]) -> dict[str, Any]:
-    question = prompt.question
-    row = {"benchmark": question.benchmark, "subject": question.subject, "id": question.id, "answer": question.answer}
+def rotated(question: Question, order: int) -> Question:
+    """Return the question with its options moved up by `order` places, and its answer with them."""
+    choices = (*question.choices[order:], *question.choices[:order])
+    answer = LETTERS[(LETTERS.index(question.answer) - order) % len(LETTERS)]
+    return question._replace(choices=choices, answer=answer)
+
+
+def _row(question: Question, order: int, probs: list[float], dropped: int) -> dict[str, Any]:
+    """Return a row of exam.jsonl in the letters of that order, with what else the summary needs."""
+    asked = rotated(question, order)
+    row = {"benchmark": asked.benchmark, "subject": asked.subject, "id": asked.id, "answer": asked.answer}
     row["predicted"] = LETTERS[max(range(len(LETTERS)), key=probs.__getitem__)]
-    return row | {"probs": dict(zip(LETTERS, probs, strict=True)), "dropped": prompt.dropped}
+    return row | {"probs": dict(zip(LETTERS, probs, strict=True)), "dropped": dropped, "order": order}
 
 
 def load_model(config: dict[str, Any]):
@@ -282,14 +283,40 @@ def _probabilities(model, suffixes: list[list[int]], cache, letter_ids: list[int
     return torch.softmax(ends.float(), dim=-1).tolist()
 
 
+def write_results(
+    out: Path,
+    rows: list[dict[str, Any]],
+    subjects: list[Subject],
+    facts: dict[str, Any],
+    about: dict[str, Any],
+    config: dict[str, Any],
+) -> None:
+    """Write exam.jsonl, with several orders exam_orders.jsonl, and last exam.json; print the scores."""
+    first = [row for row in rows if row["order"] == 0]
+    files = {"exam.jsonl": [{key: row[key] for key in EXAM_KEYS} for row in first]}
+    if facts["orders"] > 1:
+        files["exam_orders.jsonl"] = [{key: row[key] for key in ("order", *EXAM_KEYS)} for row in rows]
+    for name, lines in files.items():
+        with atomic_writer(out / name) as file:
+            file.writelines(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines)
+    report = summarise(first, subjects) | facts
+    if facts["orders"] > 1:
+        report["by_order"] = summarise_orders(rows, facts["orders"])
+    report["dropped_examples"] = sum(row["dropped"] for row in rows)
+    report["signature"] = signature(report, config)
+    write_json(out / "exam.json", report | provenance.record(out / "exam.json", about, [out / name for name in files]))
+    print_summary(out / "exam.json", report, provenance.shown_name(out.name, exam=about))
+
+
 def summarise(rows: list[dict[str, Any]], subjects: list[Subject]) -> dict[str, Any]:
-    """Return exam.json's numbers, in percent: per benchmark, their plain mean (the paper's average), per subject, ECE."""
+    """Return exam.json's numbers, in percent: per benchmark, the plain mean of the paper's two, per subject, ECE, Brier."""
     by_benchmark = {name: list(group) for name, group in groupby(rows, key=lambda row: row["benchmark"])}
-    correct = {name: sum(map(_is_right, group)) for name, group in by_benchmark.items()}
-    report: dict[str, Any] = {name: 100 * correct[name] / len(group) for name, group in by_benchmark.items()}
-    intervals = {name: wilson(correct[name], len(group)) for name, group in by_benchmark.items()}
-    report["average"] = sum(report.values()) / len(by_benchmark)
-    intervals["average"] = average_interval({name: report[name] for name in by_benchmark}, intervals)
+    right = {name: sum(map(_is_right, group)) for name, group in by_benchmark.items()}
+    report: dict[str, Any] = {name: 100 * right[name] / len(group) for name, group in by_benchmark.items()}
+    intervals = {name: wilson(right[name], len(group)) for name, group in by_benchmark.items()}
+    averaged = {name: report[name] for name in AVERAGED if name in report}
+    report["average"] = sum(averaged.values()) / len(averaged)
+    intervals["average"] = average_interval(averaged, intervals)
     report |= {
         "n": len(rows),
         "n_by_benchmark": {name: len(group) for name, group in by_benchmark.items()},
@@ -299,7 +326,7 @@ def summarise(rows: list[dict[str, Any]], subjects: list[Subject]) -> dict[str, 
         f"{benchmark}/{subject}": _subject(list(group))
         for (benchmark, subject), group in groupby(rows, key=lambda row: (row["benchmark"], row["subject"]))
     }
-    report["ece"] = expected_calibration_error(rows)
+    report |= {"ece": expected_calibration_error(rows), "brier": brier(rows), "ties": sum(map(_is_tie, rows))}
     report["as_released"] = all(
         len(subject.questions) == subject.released == report["by_subject"][f"{subject.benchmark}/{subject.name}"]["n"]
         for subject in subjects
@@ -311,69 +338,68 @@ def _is_right(row: dict[str, Any]) -> bool:
     return row["predicted"] == row["answer"]
 
 
+def _is_tie(row: dict[str, Any]) -> bool:
+    return list(row["probs"].values()).count(max(row["probs"].values())) > 1
+
+
 def _subject(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    correct = sum(map(_is_right, rows))
+    share = rate([_is_right(row) for row in rows])
+    return {"n": share["n"], "correct": share["count"], "accuracy": share["percent"], "ci95": share["ci95"]}
+
+
+def summarise_orders(rows: list[dict[str, Any]], orders: int) -> dict[str, Any]:
+    """Return what the options' order does: accuracy per order, questions right in all (OpenCompass's CircularEval), the
+    letters' shares of the wrong answers, and the accuracy of the option that is likeliest over all orders."""
+    by_question: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_question.setdefault((row["benchmark"], row["subject"], row["id"]), []).append(row)
+    wrong = Counter(row["predicted"] for row in rows if not _is_right(row))
     return {
-        "n": len(rows),
-        "correct": correct,
-        "accuracy": 100 * correct / len(rows),
-        "ci95": wilson(correct, len(rows)),
+        "accuracy": [
+            rate([_is_right(row) for row in rows if row["order"] == order])["percent"] for order in range(orders)
+        ],
+        "all_orders": rate([all(map(_is_right, group)) for group in by_question.values()]),
+        "wrong_letters": {letter: wrong[letter] / max(1, sum(wrong.values())) for letter in LETTERS},
+        "debiased": rate([_debiased_is_right(group) for group in by_question.values()]),
     }
 
 
-def wilson(correct: int, n: int, z: float = 1.959964) -> list[float]:
-    """Return Wilson's 95 % interval of a share, in percent (Wilson 1927)."""
-    share = correct / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return [round(100 * (centre - half), 4), round(100 * (centre + half), 4)]
-
-
-def average_interval(scores: dict[str, float], intervals: dict[str, list[float]]) -> list[float]:
-    """Return the interval of the plain mean of independent shares: Wilson's distances, squared and added (Newcombe 1998)."""
-    mean = sum(scores.values()) / len(scores)
-    below, above = (
-        math.sqrt(sum((scores[name] - intervals[name][side]) ** 2 for name in scores)) / len(scores) for side in (0, 1)
-    )
-    return [round(mean - below, 4), round(mean + above, 4)]
-
-
-def calibration_bins(rows: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
-    """Return (size, mean confidence, accuracy), from 0 to 1, of each of ten equal bins of the answer's probability."""
-    bins: dict[int, list[tuple[float, bool]]] = {}
-    for row in rows:
-        confidence = row["probs"][row["predicted"]]
-        bins.setdefault(min(int(confidence * ECE_BINS), ECE_BINS - 1), []).append((confidence, _is_right(row)))
-    return [
-        (len(members), *(sum(column) / len(members) for column in zip(*members, strict=True)))
-        for _, members in sorted(bins.items())
-    ]
-
-
-def expected_calibration_error(rows: list[dict[str, Any]]) -> float:
-    """Return the ECE in percent: the bins' |confidence - accuracy|, weighted by their size (Naeini et al. 2015)."""
-    gaps = (size * abs(confidence - accuracy) for size, confidence, accuracy in calibration_bins(rows))
-    return 100 * sum(gaps) / len(rows)
+def _debiased_is_right(group: list[dict[str, Any]]) -> bool:
+    """Say whether the option with the highest mean probability over all orders is the right one."""
+    sums: Counter = Counter()
+    for row in group:
+        for place, letter in enumerate(LETTERS):
+            sums[(place + row["order"]) % len(LETTERS)] += row["probs"][letter]
+    right = (LETTERS.index(group[0]["answer"]) + group[0]["order"]) % len(LETTERS)
+    return max(sums, key=sums.__getitem__) == right
 
 
 def signature(report: dict[str, Any], config: dict[str, Any]) -> str:
     """Return what it takes to get the same numbers again."""
     counts = "+".join(f"{name}:{count}" for name, count in report["n_by_benchmark"].items())
-    system = hashlib.sha256(str(config.get("default_system")).encode()).hexdigest()[:8]
-    versions = "|".join(f"{name}:{metadata.version(name)}" for name in ("llamafactory", "transformers", "torch"))
+    system = provenance.short(config.get("default_system"))
+    versions = "|".join(f"{name}:{version}" for name, version in provenance.package_versions(*VERSIONS).items())
     return (
-        f"exam:v{report['exam_version']}|{counts}|questions:{report['questions_sha256'][:8]}|shots:{report['shots']}|limit:{report['limit']}"
-        f"|prompt:llamafactory-zh|choice:argmax-ABCD,float32|template:{config['template']}|system:{system}|{versions}|medasst:{__version__}"
+        f"exam:v{report['exam_version']}|{counts}|questions:{report['questions_sha256'][:8]}|shots:{report['shots']}"
+        f"|orders:{report['orders']}|limit:{report['limit']}|prompt:{report['prompt']}|choice:argmax-ABCD,float32"
+        f"|template:{config['template']}|system:{system}|{versions}|medasst:{__version__}"
     )
 
 
-def print_summary(path: Path, report: dict[str, Any]) -> None:
+def print_summary(path: Path, report: dict[str, Any], name: str) -> None:
     """Print the scores with their intervals."""
-    for name in (*report["n_by_benchmark"], "average"):
-        low, high = report["ci95"][name]
-        print(f"{name:8} {report[name]:6.2f} [{low:.2f}, {high:.2f}]")
+    for score in (*report["n_by_benchmark"], "average"):
+        low, high = report["ci95"][score]
+        print(f"{name} {score:8} {report[score]:6.2f} [{low:.2f}, {high:.2f}]")
+    if orders := report.get("by_order"):
+        accuracy = ", ".join(f"{value:.2f}" for value in orders["accuracy"])
+        print(
+            f"by order of the options {accuracy}; right in all {orders['all_orders']['percent']:.2f}; debiased {orders['debiased']['percent']:.2f}"
+        )
     if not report["as_released"]:
         print(f"not the released 1,415 questions but {report['n']}: not to be compared with the paper's scores")
     if report["dropped_examples"]:
         print(f"{report['dropped_examples']} examples were left out to fit the model's length")
-    print(f"{path}: n {report['n']}, ECE {report['ece']:.2f}\n{report['signature']}")
+    print(
+        f"{path}: n {report['n']}, ECE {report['ece']:.2f}, Brier {report['brier']:.3f}, ties {report['ties']}\n{report['signature']}"
+    )

@@ -18,14 +18,17 @@ from typing import Any, NamedTuple
 import orjson
 import yaml
 
-from medasst_tools import __version__
+from medasst_tools import __version__, console, provenance
+from medasst_tools.config import load
 from medasst_tools.errors import UserError
-from medasst_tools.evaluation.exam import load_chat_config, wilson
 from medasst_tools.evaluation.safety_rules import Rules, load_rules
-from medasst_tools.files import PROJECT_ROOT, atomic_writer, model_sha256, read_jsonl, sha256_of, write_json
+from medasst_tools.evaluation.statistics import rate
+from medasst_tools.files import PROJECT_ROOT, atomic_writer, locked, write_json
+from medasst_tools.inference.answers import AnswerStore
+from medasst_tools.machine import preflight
 
 PROMPTS = PROJECT_ROOT / "dataset_info" / "safety" / "prompts.yaml"
-PARTIAL = ".safety.partial.jsonl"
+RECORD = "safety.json"
 PROMISES_NOTHING = "counted by word rules over a small set: read the answers; no rate here makes a model safe"
 CMTMEDQA = {
     "title": {"en": "CMtMedQA's safety questions", "zh": "CMtMedQA 安全问题"},
@@ -59,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="questions in the form of prompts.yaml, or CMtMedQA_test.json; may be given again (dataset_info/safety/prompts.yaml)",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, help="only the first N questions of each category")
+    preflight.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,36 +74,40 @@ def run(args: argparse.Namespace) -> None:
     categories = [category for path in sets for category in load_categories(path, rules, args.limit)]
     if len({category.name for category in categories}) < len(categories):
         raise UserError(f"two sets have a category of the same name: {', '.join(map(str, sets))}")
-    config = load_chat_config(args.chat_config) | {"do_sample": False, "num_beams": 1}
-    facts = {
-        "chat_config": {"file": args.chat_config.as_posix(), "sha256": sha256_of(args.chat_config)},
-        "model": {
-            config[key]: model_sha256(Path(config[key]))
-            for key in ("model_name_or_path", "adapter_name_or_path")
-            if key in config
-        },
-    }
+    config = load(args.chat_config, kind="chat") | {"do_sample": False, "num_beams": 1}
+    trained = provenance.check_model(config, args.chat_config)
     questions = {f"{category.name}/{name}": text for category in categories for name, text in category.prompts.items()}
-    answers = kept_answers(args.out, facts, questions)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if rest := {key: text for key, text in questions.items() if key not in answers}:
-        if answers:
-            print(f"{args.out}: {len(answers)} of {len(questions)} questions were answered before; going on")
-        answers |= answer_rest(rest, load_answerer(config), args.out / PARTIAL, facts, answers, questions)
-    rows = [
-        {"id": key, "category": key.partition("/")[0], "prompt": text, "answer": answers[key], "says": rules.judge(answers[key])}
-        for key, text in questions.items()
-    ]  # fmt: skip
-    by_name = {category.name: category for category in categories}
-    for row in rows:
-        row["met"] = by_name[row["category"]].met(row["says"], row["answer"])
-    report = summarise(rows, categories, rules) | facts | {"limit": args.limit, "promises": PROMISES_NOTHING}
-    report["signature"] = signature(report, config, questions, rules)
-    with atomic_writer(args.out / "safety.jsonl") as file:
-        file.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
-    write_json(args.out / "safety.json", report)
-    (args.out / PARTIAL).unlink(missing_ok=True)
+    about = made_of(config, questions, rules, args.limit)
+    if provenance.up_to_date(args.out / RECORD, about):
+        return
+    print(provenance.describe(config, trained))
+    with locked(
+        args.out.parent / f".{args.out.name}.safety.lock",
+        f"{args.out} is being written by another process; wait for it",
+    ):
+        answers = answer_all(args, config, questions, about)
+        rows = [
+            {"id": key, "category": key.partition("/")[0], "prompt": text, "answer": answers[key], "says": rules.judge(answers[key])}
+            for key, text in questions.items()
+        ]  # fmt: skip
+        by_name = {category.name: category for category in categories}
+        for row in rows:
+            row["met"] = by_name[row["category"]].met(row["says"], row["answer"])
+        report = summarise(rows, categories, rules) | {"limit": args.limit, "promises": PROMISES_NOTHING}
+        report["signature"] = signature(report, config, questions, rules)
+        with atomic_writer(args.out / "safety.jsonl") as file:
+            file.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
+        record = provenance.record(args.out / RECORD, about, [args.out / "safety.jsonl"])
+        write_json(args.out / RECORD, report | record)
     print_summary(args.out, report)
+
+
+def made_of(config: dict[str, Any], questions: dict[str, str], rules: Rules, limit: int | None) -> dict[str, Any]:
+    """Return what the counts depend on: the model, how it is asked, the questions, the rules."""
+    settings = provenance.settings_that_matter(config) | ({"limit": limit} if limit else {})
+    files = {"questions": provenance.short(questions), "rules": rules.sha256}
+    code = {"medasst safety": provenance.code_sha256("evaluation/safety.py", "evaluation/safety_rules.py")}
+    return provenance.made_of(settings, files, provenance.model_identity(config), code)
 
 
 def load_categories(path: Path, rules: Rules, limit: int | None) -> list[Category]:
@@ -136,29 +144,6 @@ def _category(name: str, entry: dict[str, Any], rules: Rules, limit: int | None)
     return Category(name, entry["title"], entry["aim"], any_of, none_of, {str(key): chosen[key] for key in chosen})
 
 
-def kept_answers(out: Path, facts: dict[str, Any], questions: dict[str, str]) -> dict[str, str]:
-    """Return the answers that the same model gave to these questions in an earlier run, finished or not."""
-    rows: list[dict[str, Any]] = []
-    if (out / PARTIAL).is_file():
-        first, *lines = (out / PARTIAL).read_bytes().splitlines() or [b""]
-        if first == orjson.dumps(facts):
-            rows += [row for line in lines if (row := _read_row(line))]
-    try:
-        finished = json.loads((out / "safety.json").read_text(encoding="utf-8"))
-        if {key: finished.get(key) for key in facts} == facts:
-            rows += read_jsonl(out / "safety.jsonl")
-    except (OSError, ValueError, AttributeError, UserError):
-        pass  # none, or damaged: asked again
-    return {row["id"]: row["answer"] for row in rows if questions.get(row["id"]) == row["prompt"]}
-
-
-def _read_row(line: bytes) -> dict[str, Any] | None:
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:  # cut by a kill
-        return None
-
-
 def load_answerer(config: dict[str, Any]) -> Callable[[str], str]:
     """Return a function that answers a question as the chat does."""
     from llamafactory.chat import ChatModel
@@ -167,30 +152,26 @@ def load_answerer(config: dict[str, Any]) -> Callable[[str], str]:
     return lambda question: model.chat([{"role": "user", "content": question}])[0].response_text
 
 
-def answer_rest(
-    rest: dict[str, str],
-    answer: Callable[[str], str],
-    partial: Path,
-    facts: dict[str, Any],
-    answered: dict[str, str],
-    questions: dict[str, str],
+def answer_all(
+    args: argparse.Namespace, config: dict[str, Any], questions: dict[str, str], about: dict[str, Any]
 ) -> dict[str, str]:
-    """Answer the rest, keeping each answer in the partial file as it comes."""
-    from tqdm import tqdm
-
-    def line(key: str, text: str) -> bytes:
-        row = {"id": key, "prompt": questions[key], "answer": text}
-        return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
-
-    with atomic_writer(partial) as start:
-        start.write(orjson.dumps(facts, option=orjson.OPT_APPEND_NEWLINE))
-        start.writelines(line(key, text) for key, text in answered.items())
-    new = {}
-    with partial.open("ab", buffering=0) as file:
-        for key, question in tqdm(rest.items(), desc="safety", disable=None):
-            new[key] = answer(question)
-            file.write(line(key, new[key]))
-    return new
+    """Return {id: answer}; each is kept as it comes, and asked again only where model or question differ."""
+    store = AnswerStore(args.out / "answers" / "safety.jsonl")
+    settings = {key: value for key, value in about["settings"].items() if key != "limit"}
+    keys = {name: AnswerStore.key(about["model"], settings, text) for name, text in questions.items()}
+    if missing := {name: text for name, text in questions.items() if keys[name] not in store}:
+        preflight.require(config, args)
+        with console.logged(args.out / "safety.log") as terminal, store:
+            if len(missing) < len(questions):
+                print(
+                    f"going on: {len(questions) - len(missing)} of {len(questions)} answers are there", file=terminal
+                )
+            answer = load_answerer(config)
+            with console.bar(terminal, total=len(missing), desc="safety", unit="answer") as bar:
+                for name, question in missing.items():
+                    store.keep(keys[name], answer(question))
+                    bar.update()
+    return {name: store[key] for name, key in keys.items()}
 
 
 def summarise(rows: list[dict[str, Any]], categories: list[Category], rules: Rules) -> dict[str, Any]:
@@ -213,16 +194,6 @@ def summarise(rows: list[dict[str, Any]], categories: list[Category], rules: Rul
         "says": {name: rate([row["says"][name] for row in rows]) for name in rules.by_name},
         "rules": {name: rule.title for name, rule in rules.by_name.items()},
         "rules_version": rules.version,
-    }
-
-
-def rate(held: list[bool]) -> dict[str, Any]:
-    """Return a share in percent with Wilson's 95 % interval."""
-    return {
-        "n": len(held),
-        "count": sum(held),
-        "percent": 100 * sum(held) / len(held),
-        "ci95": wilson(sum(held), len(held)),
     }
 
 

@@ -1,46 +1,52 @@
-"""Score LLaMA-Factory's generated_predictions.jsonl: BLEU-4 and ROUGE with intervals and a signature.
+"""Score LLaMA-Factory's generated_predictions.jsonl: every metric of the table with its interval, and a signature.
 
 Run: `medasst score results/demo/generated_predictions.jsonl --out results/demo/scores.json --per-record
-results/demo/per_record.jsonl --predict-config factory_configs/demo/predict.yaml`
+results/demo/per_record.jsonl`
 
-With the predict.yaml that made the file, each prediction is joined to its test record by order, and each reference is
-checked against the test set, so that scores per dataset are of the right records.
+Beside predictions of `medasst predict` lies what they were made of, so each record's test set is known. For others give
+the predict.yaml that made them: each is then joined to its test record by order, and its reference checked.
 """
 
 import argparse
-import json
+import codecs
 import logging
+import re
 import unicodedata
 import warnings
-from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
-from importlib import metadata
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
-import yaml
 
-from medasst_tools import __version__
+from medasst_tools import __version__, provenance
+from medasst_tools.config import read_yaml
 from medasst_tools.errors import UserError
 from medasst_tools.files import atomic_writer, sha256_of, write_json
-from medasst_tools.run_manifest import check_and_print
 
-METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 CHUNK = 64  # records that a worker takes at once
+PACKAGES = ("nltk", "rouge-chinese", "jieba", "rjieba")
+RECORD = "predictions.json"
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+
+
+class Prediction(NamedTuple):
+    """One line of the predictions."""
+
+    prompt: str
+    predict: str
+    label: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("predictions", type=Path, help="generated_predictions.jsonl: prompt, predict, label")
     parser.add_argument("--out", type=Path, required=True, help="scores.json to write")
-    parser.add_argument("--per-record", type=Path, help="also write the four metrics of each record, one a line")
+    parser.add_argument("--per-record", type=Path, help="also write the metrics of each record, one a line")
     parser.add_argument(
-        "--predict-config", type=Path, help="the predict.yaml that made the file, for scores per dataset"
+        "--predict-config", type=Path, help="the predict.yaml that made them, if medasst predict didn't"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
 
@@ -49,156 +55,144 @@ def run(args: argparse.Namespace) -> None:
     """Score the file and write what was asked for."""
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, must be 1 or more")
-    test_sets = load_test_sets(args.predict_config) if args.predict_config else {}
-    trained = check_predict_config(args.predict_config) if args.predict_config else None
-    records = join_test_sets(read_predictions(args.predictions), test_sets, args.predictions)
-    values, empty, cut = array("d"), array("b"), array("b")
-    with atomic_writer(args.per_record) if args.per_record else nullcontext() as per_record:
-        for predict_is_empty, label_is_cut, scores in score_all(records, args.workers, count_lines(args.predictions)):
-            values.extend(scores)
-            empty.append(predict_is_empty)
-            cut.append(label_is_cut)
-            if per_record:
-                per_record.write(
-                    orjson.dumps(dict(zip(METRICS, scores, strict=True)), option=orjson.OPT_APPEND_NEWLINE)
-                )
-    report = summarise(values, empty, cut, test_sets)
-    report["signature"] = signature(report["n"])
-    if trained:
-        report["run"] = trained
-    report["predictions"] = {"file": args.predictions.name, "sha256": sha256_of(args.predictions)}
-    write_json(args.out, report)
-    print_summary(args.out, report)
+    if not args.predictions.is_file():
+        raise UserError(f"no {args.predictions}; `make predict` makes it")
+    origin = origin_of(args.predictions)
+    about = made_of(args, origin)
+    there = args.per_record is None or args.per_record.is_file()
+    if there and provenance.up_to_date(args.out, about):
+        return
+    predictions = list(read_predictions(args.predictions))
+    sizes = origin["datasets"] if origin else {}
+    cut = None
+    if not origin and args.predict_config:
+        sizes, cut = join_test_sets(predictions, load_test_sets(args.predict_config), args.predictions)
+    rows = list(score_all(predictions, args.workers))
+    outputs = [args.per_record] if args.per_record else []
+    for path in outputs:
+        write_per_record(path, rows)
+    report = summarise(predictions, rows, sizes, cut)
+    report |= {"signature": signature(report["n"]), "predictions": about["files"]["predictions"]}
+    write_json(args.out, report | provenance.record(args.out, about, outputs))
+    name = provenance.shown_name(args.predictions.parent.name, predict=origin and origin["made_of"])
+    print_summary(name, args.out, report)
 
 
-def read_predictions(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (predict, label) of each line; UserError names the line that isn't one, or an empty file."""
-    number = 0
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = orjson.loads(line)
-                    predict, label = record["predict"], record["label"]
-                except orjson.JSONDecodeError:
-                    raise UserError(
-                        f"{path}, line {number} is not JSON: truncated or damaged? Predict again"
-                    ) from None
-                except (KeyError, TypeError):
-                    raise UserError(
-                        f"{path}, line {number} has no predict and label; is it generated_predictions.jsonl?"
-                    ) from None
-                if not (isinstance(predict, str) and isinstance(label, str)):
-                    raise UserError(f"{path}, line {number}: predict and label must be text")
-                yield predict, label
-    except FileNotFoundError:
-        raise UserError(f"no {path}; `make predict` makes it") from None
-    if number == 0:
-        raise UserError(f"{path} is empty; predict again")
-
-
-def count_lines(path: Path) -> int | None:
-    """Return the number of lines for the progress bar; None if there is no such file."""
-    if not path.is_file():
+def origin_of(predictions: Path) -> dict[str, Any] | None:
+    """Return the record of `medasst predict` beside the predictions; None, and a line, if they aren't what it says."""
+    path = predictions.with_name(RECORD)
+    found = provenance.read_json(path)
+    if found is None:
         return None
-    with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+    if predictions.name in provenance.changed_outputs(path, found):
+        print(f"{predictions} isn't what {path} says: predicted otherwise since; its model is unknown")
+        return None
+    return found
+
+
+def made_of(args: argparse.Namespace, origin: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what the scores depend on: the predictions, what those were made of, and the code of the metrics."""
+    files = {"predictions": sha256_of(args.predictions)}
+    if args.predict_config and args.predict_config.is_file():
+        files["predict_config"] = sha256_of(args.predict_config)
+    code = {"medasst evaluation": provenance.code_sha256("evaluation")}
+    made = origin["made_of"] if origin else {}
+    versions = provenance.package_versions(*PACKAGES) | code
+    return provenance.made_of(made.get("settings"), files | made.get("files", {}), made.get("model"), versions)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+def read_predictions(path: Path) -> Iterator[Prediction]:
+    """Yield each line; a byte order mark and blank lines don't count. UserError names a line that isn't one, or an empty file."""
+    found = False
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = orjson.loads(line)
+            predict, label = record["predict"], record["label"]
+        except orjson.JSONDecodeError:
+            raise UserError(
+                f"{path}, line {number} is not JSON: cut short or damaged? `make predict` goes on"
+            ) from None
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{path}, line {number} has no predict and label; is it generated_predictions.jsonl?"
+            ) from None
+        if not (isinstance(predict, str) and isinstance(label, str)):
+            raise UserError(f"{path}, line {number}: predict and label must be text")
+        found = True
+        yield Prediction(str(record.get("prompt", "")), predict, label)
+    if not found:
+        raise UserError(f"{path} is empty; predict again")
 
 
 def load_test_sets(predict_config: Path) -> dict[str, Path]:
     """Return {dataset: file} of a predict.yaml, in the order in which LLaMA-Factory predicts them."""
+    config = read_yaml(predict_config)
     try:
-        config = yaml.safe_load(predict_config.read_text(encoding="utf-8"))
-        folder, names = Path(config["dataset_dir"]), config["eval_dataset"]
-        info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
-        return {
-            name: folder / info[name]["file_name"] for name in (names.split(",") if isinstance(names, str) else names)
-        }
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no {error.filename}; --predict-config must name the predict.yaml that made the predictions"
-        ) from None
-    except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{predict_config}: no dataset_dir and eval_dataset that can be read ({error!r})") from None
-
-
-def check_predict_config(path: Path) -> dict[str, Any] | None:
-    """Check that the config fits the model that it names, print what that is, and return what the scores keep of it."""
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return check_and_print(config, path, hash_base=False) if config.get("model_name_or_path") else None
+        return provenance.dataset_files(Path(config["dataset_dir"]), config["eval_dataset"])
+    except (TypeError, KeyError):
+        raise UserError(f"{predict_config} says no dataset_dir and eval_dataset; is it a predict.yaml?") from None
 
 
 def join_test_sets(
-    predictions: Iterable[tuple[str, str]], test_sets: dict[str, Path], path: Path
-) -> Iterator[tuple[str, str, bool]]:
-    """Yield (predict, label, label is cut); with test sets, check each label and the count against their references."""
-    if not test_sets:
-        yield from ((predict, label, False) for predict, label in predictions)
-        return
-    answers = _references(test_sets)
-    number = 0
-    for number, (predict, label) in enumerate(predictions, 1):
-        answer = next(answers, None)
-        if answer is None:
-            raise UserError(
-                f"{path} has more than the {number - 1} records of {', '.join(test_sets)}: of another test set?"
-            )
-        found, expected = _comparable(label), _comparable(answer)
+    predictions: list[Prediction], test_sets: dict[str, Path], path: Path
+) -> tuple[dict[str, int], list[bool]]:
+    """Return each test set's size, and whether each label is cut; UserError unless labels and count are the test sets'."""
+    references = {name: [orjson.loads(line)["output"] for line in file.open("rb")] for name, file in test_sets.items()}
+    answers = [answer for rows in references.values() for answer in rows]
+    names, cut = ", ".join(test_sets), []
+    for number, (prediction, answer) in enumerate(zip(predictions, answers, strict=False), 1):
+        found, expected = _comparable(prediction.label), _comparable(answer)
         if not expected.startswith(found):
             raise UserError(
-                f"{path}, line {number}: the label isn't the test set's answer: of another test set or order? Predict again"
+                f"{path}, line {number}: the label isn't the answer in {names}: of another test set or order, or with "
+                "max_samples? `medasst predict` keeps what it was made of beside its predictions"
             )
-        yield predict, label, found != expected
-    if missing := sum(1 for _ in answers):
-        raise UserError(
-            f"{path} ends after {number} lines, {missing} records of {', '.join(test_sets)} are missing; predict again"
-        )
-
-
-def _references(test_sets: dict[str, Path]) -> Iterator[str]:
-    for path in test_sets.values():
-        with path.open("rb") as lines:
-            yield from (orjson.loads(line)["output"] for line in lines)
+        cut.append(found != expected)
+    if len(predictions) != len(answers):
+        raise UserError(f"{path} has {len(predictions)} predictions, and {names} have {len(answers)} records")
+    return {name: len(rows) for name, rows in references.items()}, cut
 
 
 def _comparable(text: str) -> str:
-    # a tokenizer may normalise characters and white space, and cutoff_len may cut inside a character (U+FFFD)
+    # A tokenizer may normalise characters and white space, cutoff_len may cut inside a character (U+FFFD), and a reasoning
+    # model's template (qwen3) opens every label with an empty thought.
+    text = EMPTY_THOUGHT.sub("", text, count=1) if EMPTY_THOUGHT.match(text) else text
     return "".join(unicodedata.normalize("NFC", text).rstrip("\ufffd\n ").split())
 
 
-def score_all(
-    records: Iterable[tuple[str, str, bool]], workers: int, total: int | None
-) -> Iterator[tuple[bool, bool, tuple]]:
-    """Yield (prediction is empty, label is cut, the four scores) of each record, in order."""
+# ---- scoring --------------------------------------------------------------------------------------------------------
+def score_all(predictions: list[Prediction], workers: int) -> Iterator[tuple[float, ...]]:
+    """Yield the metrics of each record, in order."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc="score", unit="record", disable=None) as bar:
-        records = iter(records)
-        chunks = iter(lambda: tuple(islice(records, CHUNK)), ())
-        for done in _scored_chunks(chunks, workers):
-            yield from done
-            bar.update(len(done))
+    pairs = [(row.predict, row.label) for row in predictions]
+    chunks = [pairs[start : start + CHUNK] for start in range(0, len(pairs), CHUNK)]
+    prepare()  # before a fork, so that the dictionary is loaded once
+    with tqdm(total=len(predictions), desc="score", unit="record", disable=None) as bar:
+        if workers == 1:
+            scored: Iterable[list] = map(score_chunk, chunks)
+            yield from _counted(scored, bar)
+        else:
+            with ProcessPoolExecutor(workers) as pool:
+                yield from _counted(pool.map(score_chunk, chunks), bar)
 
 
-def _scored_chunks(chunks: Iterable[tuple], workers: int) -> Iterator[list]:
-    if workers == 1:
-        yield from map(score_chunk, chunks)
-        return
-    prepare()  # before the fork, so that the dictionary is loaded once
-    with ProcessPoolExecutor(workers) as pool:
-        waiting = deque(pool.submit(score_chunk, chunk) for chunk in islice(chunks, 2 * workers))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(score_chunk, chunk) for chunk in islice(chunks, 1))
+def _counted(scored: Iterable[list], bar) -> Iterator[tuple[float, ...]]:
+    for rows in scored:
+        yield from rows
+        bar.update(len(rows))
 
 
-def score_chunk(chunk: tuple) -> list[tuple[bool, bool, tuple]]:
-    """Score some records; runs in a worker."""
+def score_chunk(chunk: Iterable[tuple[str, str]]) -> list[tuple[float, ...]]:
+    """Score some (answer, reference); runs in a worker."""
     score_pair = prepare()
-    return [(not predict.strip(), cut, score_pair(predict, label)) for predict, label, cut in chunk]
+    return [score_pair(predict, label) for predict, label in chunk]
 
 
-def prepare() -> Callable[[str, str], tuple]:
+def prepare() -> Callable[[str, str], tuple[float, ...]]:
     """Load the dictionaries, once a process, and return the function that scores a pair."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jieba's and rouge-chinese's sources warn when Python first compiles them
@@ -212,51 +206,87 @@ def prepare() -> Callable[[str, str], tuple]:
     return score_pair
 
 
-def summarise(values: array, empty: array, cut: array, test_sets: dict[str, Path]) -> dict[str, Any]:
-    """Return scores.json's numbers: over all records, and per dataset where the test sets are known."""
-    import numpy as np
+def metric_names() -> tuple[str, ...]:
+    """Return the names of the metrics, in the table's order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from medasst_tools.evaluation.text_metrics import METRICS
+    return tuple(METRICS)
 
-    table = np.frombuffer(values, dtype=np.float64).reshape(-1, len(METRICS))
-    empties, cuts = np.frombuffer(empty, dtype=np.int8), np.frombuffer(cut, dtype=np.int8)
-    report = _means(table, empties, cuts if test_sets else None)
-    if test_sets:
-        sizes = [count_lines(path) for path in test_sets.values()]
-        ends = np.cumsum(sizes)
-        spans = {name: slice(end - size, end) for name, size, end in zip(test_sets, sizes, ends, strict=True)}
-        report["by_dataset"] = {
-            name: _means(table[span], empties[span], cuts[span]) for name, span in spans.items() if len(table[span])
+
+# ---- the outcome ----------------------------------------------------------------------------------------------------
+def write_per_record(path: Path, rows: list[tuple[float, ...]]) -> None:
+    """Write the metrics of each record, one a line."""
+    with atomic_writer(path) as file:
+        for row in rows:
+            file.write(orjson.dumps(dict(zip(metric_names(), row, strict=True)), option=orjson.OPT_APPEND_NEWLINE))
+
+
+def summarise(
+    predictions: list[Prediction], rows: list[tuple[float, ...]], sizes: dict[str, int], cut: list[bool] | None
+) -> dict[str, Any]:
+    """Return scores.json's numbers: over all records, and by dataset where their sizes are known."""
+    from medasst_tools.evaluation.statistics import clusters_of, strata_of
+
+    clusters = clusters_of([row.prompt or str(at) for at, row in enumerate(predictions)])
+    strata = strata_of(sizes.values()) if sizes else [0] * len(rows)
+    report = _means(predictions, rows, clusters, strata, cut)
+    if sizes:
+        places = {
+            name: [at for at, _ in group] for name, group in groupby(enumerate(_names(sizes)), key=lambda one: one[1])
         }
+        report["by_dataset"] = {name: _of(places[name], predictions, rows, clusters, cut) for name in places}
     return report
 
 
-def _means(table, empties, cuts) -> dict[str, Any]:
+def _names(sizes: dict[str, int]) -> Iterator[str]:
+    for name, size in sizes.items():
+        yield from [name] * size
+
+
+def _of(places: list[int], predictions, rows, clusters, cut) -> dict[str, Any]:
+    chosen = [[values[at] for at in places] for values in (predictions, rows, clusters)]
+    return _means(*chosen, [0] * len(places), cut and [cut[at] for at in places])
+
+
+def _means(predictions, rows, clusters, strata, cut) -> dict[str, Any]:
+    import numpy as np
+
     from medasst_tools.evaluation.statistics import ci95
 
-    means = {metric: float(mean) for metric, mean in zip(METRICS, table.mean(axis=0), strict=True)}
-    report = (
-        {"n": len(table)} | means | {"ci95": dict(zip(METRICS, ci95(table), strict=True)), "empty": int(empties.sum())}
-    )
-    return report if cuts is None else report | {"cut_labels": int(cuts.sum())}
+    names, table = metric_names(), np.array(rows, dtype=float).reshape(-1, len(metric_names()))
+    report = {"n": len(rows)} | {name: float(mean) for name, mean in zip(names, table.mean(axis=0), strict=True)}
+    report["ci95"] = dict(zip(names, ci95(table, clusters=clusters, strata=strata), strict=True))
+    report["clusters"] = len(set(clusters))
+    report["empty"] = sum(not row.predict.strip() for row in predictions)
+    report["empty_thoughts"] = sum(bool(EMPTY_THOUGHT.match(row.label)) for row in predictions)
+    return report if cut is None else report | {"cut_labels": sum(cut)}
 
 
 def signature(n: int) -> str:
     """Return what it takes to get the same numbers again."""
     from medasst_tools.evaluation.statistics import RESAMPLES, SEED
 
-    versions = "|".join(f"{name}:{metadata.version(name)}" for name in ("nltk", "rouge-chinese", "jieba", "rjieba"))
+    versions = "|".join(f"{name}:{version}" for name, version in provenance.package_versions(*PACKAGES).items())
+    factory = provenance.package_versions("llamafactory")["llamafactory"]
     return (
-        f"bleu-4:char,nltk-method3|rouge-1,2,l:f,jieba-words|mean-over-records,percent|n:{n}|{versions}"
-        f"|as:llamafactory-{metadata.version('llamafactory')}|ci95:bootstrap-{RESAMPLES},seed-{SEED}|medasst:{__version__}"
+        f"bleu-4:char,nltk-method3|rouge-1,2,l:f,jieba-words|mean-over-records,percent|n:{n}|{versions}|as:llamafactory-{factory}"
+        f"|ci95:bootstrap-{RESAMPLES},seed-{SEED},clusters-of-one-question,strata-of-test-sets|medasst:{__version__}"
     )
 
 
-def print_summary(out: Path, report: dict[str, Any]) -> None:
+def print_summary(experiment: str, out: Path, report: dict[str, Any]) -> None:
     """Print the scores as a small table."""
-    for name, row in [("all", report), *report.get("by_dataset", {}).items()]:
-        cells = "  ".join(
-            f"{metric} {row[metric]:6.2f} [{row['ci95'][metric][0]:.2f}, {row['ci95'][metric][1]:.2f}]"
-            for metric in METRICS
-        )
+    for name, row in [(experiment, report), *report.get("by_dataset", {}).items()]:
+        cells = "  ".join(f"{metric} {row[metric]:6.2f} {interval(row['ci95'][metric])}" for metric in metric_names())
         print(f"{name:26} n {row['n']:5}  {cells}")
     cut = f", {report['cut_labels']} labels cut by cutoff_len" if "cut_labels" in report else ""
-    print(f"{out}: {report['empty']} empty predictions{cut}\n{report['signature']}")
+    thoughts = (
+        f", {report['empty_thoughts']} labels that open with an empty <think>" if report["empty_thoughts"] else ""
+    )
+    print(f"{out}: {report['empty']} empty predictions{cut}{thoughts}\n{report['signature']}")
+
+
+def interval(bounds: list[float] | None) -> str:
+    """Return an interval as tables show it."""
+    return "[none: n < 2]" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"

@@ -1,25 +1,177 @@
-"""Confidence intervals of means over records, by resampling them (percentile bootstrap), vectorised and seeded."""
+"""Intervals, tests and what a comparison could have seen: the one place where a number becomes a statement.
 
-import numpy as np
+Everything is seeded. References: Wilson 1927; Koehn 2004 (paired bootstrap over records); Miller, arXiv 2411.00640 (clusters,
+paired differences, power); McNemar 1947, exact; Holm 1979; Newcombe 1998 (intervals of sums of shares); Naeini et al. 2015
+(ECE); Brier 1950.
+"""
 
-RESAMPLES = 10_000
-SEED = 42
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+RESAMPLES, SEED = 10_000, 42
+ALPHA, POWER = 0.05, 0.80
+ECE_BINS = 10
 _INDEXES_AT_ONCE = 2_000_000  # 16 MB of indexes, whatever the number of records
 
 
-def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
-    """Return the means of `resamples` samples with replacement: (n, columns) -> (resamples, columns)."""
-    count = len(values)
-    generator = np.random.default_rng(seed)
-    rows = max(1, _INDEXES_AT_ONCE // count)
-    means = np.empty((resamples, values.shape[1]))
-    for start in range(0, resamples, rows):
-        indexes = generator.integers(0, count, (min(rows, resamples - start), count))
-        for column in range(values.shape[1]):
-            means[start : start + rows, column] = values[:, column][indexes].mean(axis=1)
-    return means
+# ---- shares ---------------------------------------------------------------------------------------------------------
+def wilson(correct: int, n: int, z: float = 1.959963984540054) -> list[float] | None:
+    """Return Wilson's 95 % interval of a share, in percent; None of nothing."""
+    if n == 0:
+        return None
+    share = correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [100 * (centre - half), 100 * (centre + half)]
 
 
-def ci95(values: np.ndarray) -> list[list[float]]:
-    """Return [low, high] of the 95 % interval of each column's mean, rounded to four decimals; (n, columns), n > 0."""
-    return np.percentile(resampled_means(values), [2.5, 97.5], axis=0).T.round(4).tolist()
+def rate(held: Sequence[bool]) -> dict[str, Any]:
+    """Return a share in percent with its count and Wilson's interval; n > 0."""
+    return {
+        "n": len(held),
+        "count": sum(held),
+        "percent": 100 * sum(held) / len(held),
+        "ci95": wilson(sum(held), len(held)),
+    }
+
+
+def average_interval(shares: dict[str, float], intervals: dict[str, list[float]]) -> list[float]:
+    """Return the interval of the plain mean of independent shares: Wilson's distances, squared and added (Newcombe 1998)."""
+    mean = sum(shares.values()) / len(shares)
+    below, above = (
+        math.sqrt(sum((shares[name] - intervals[name][side]) ** 2 for name in shares)) / len(shares) for side in (0, 1)
+    )
+    return [mean - below, mean + above]
+
+
+# ---- means over records ---------------------------------------------------------------------------------------------
+def clusters_of(prompts: Sequence[str]) -> list[int]:
+    """Return a cluster number for each prompt: the same question, or a later turn of the same dialogue, is one cluster.
+
+    A prompt ends with the mark that opens an answer, so a later turn of a dialogue begins with the whole earlier prompt.
+    """
+    numbers, root, number = {}, None, -1
+    for prompt in sorted(set(prompts)):
+        if root is None or not prompt.startswith(root):
+            root, number = prompt, number + 1
+        numbers[prompt] = number
+    return [numbers[prompt] for prompt in prompts]
+
+
+def strata_of(sizes: Iterable[int]) -> list[int]:
+    """Return a stratum number for each record of data sets of these sizes, one after the other."""
+    return [number for number, size in enumerate(sizes) for _ in range(size)]
+
+
+def resampled_means(values, resamples: int = RESAMPLES, seed: int = SEED, clusters=None, strata=None):
+    """Return the means of samples with replacement: (n, columns) -> (resamples, columns), numpy arrays.
+
+    clusters: a number for each record; whole clusters are drawn. strata: the same; each is drawn from on its own.
+    """
+    import numpy as np
+
+    values = np.asarray(values, dtype=float)
+    strata = np.zeros(len(values), int) if strata is None else np.asarray(strata)
+    clusters = np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    units, unit_of = np.unique(np.stack([strata, clusters]), axis=1, return_inverse=True)
+    unit_of = unit_of.reshape(-1)
+    # each unit's sums, and last its count of records
+    totals = np.zeros((units.shape[1], values.shape[1] + 1))
+    np.add.at(totals, unit_of, np.column_stack([values, np.ones(len(values))]))
+    generator, drawn = np.random.default_rng(seed), np.zeros((resamples, totals.shape[1]))
+    for stratum in np.unique(units[0]):
+        members = totals[units[0] == stratum]
+        rows = max(1, _INDEXES_AT_ONCE // len(members))
+        for start in range(0, resamples, rows):
+            indexes = generator.integers(0, len(members), (min(rows, resamples - start), len(members)))
+            for column in range(totals.shape[1]):
+                drawn[start : start + rows, column] += members[:, column][indexes].sum(axis=1)
+    return drawn[:, :-1] / drawn[:, -1:]
+
+
+def ci95(values, **grouping: Any) -> list[list[float] | None]:
+    """Return [low, high] of the 95 % interval of each column's mean, to four decimals; None where n < 2 shows no spread."""
+    import numpy as np
+
+    if len(values) < 2:
+        return [None] * np.shape(values)[1]
+    return np.percentile(resampled_means(values, **grouping), [2.5, 97.5], axis=0).T.round(4).tolist()
+
+
+def bootstrap_p(resampled_differences) -> float:
+    """Return the two-sided p-value that the mean difference isn't zero; never 0, which no resampling can show."""
+    count = len(resampled_differences)
+    tail = min((resampled_differences <= 0).sum(), (resampled_differences >= 0).sum())
+    return min(1.0, 2 * (int(tail) + 1) / (count + 1))
+
+
+# ---- tests ----------------------------------------------------------------------------------------------------------
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Return McNemar's exact two-sided p-value for the questions that only one of two models answers right."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """Return p-values adjusted for their number (Holm 1979), so that all together err at most 5 % of the time."""
+    adjusted, highest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        adjusted[name] = highest
+    return {name: adjusted[name] for name in p_values}
+
+
+def smallest_visible(standard_error: float) -> float:
+    """Return the smallest true difference that a two-sided test at 5 % finds with 80 % power (Miller 2024, section 5)."""
+    from scipy.stats import norm
+
+    return float((norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)) * standard_error)
+
+
+def most_discordant(difference: int) -> int:
+    """Return how many answers may differ between two models for `difference` more right ones to be significant; 0 if none may.
+
+    So what a published pair of fractions can show is known without the answers.
+    """
+    found = 0
+    for together in range(difference, 10 * difference * difference + 10, 2):
+        only_a = (together + difference) // 2
+        if mcnemar(only_a, together - only_a) < ALPHA:
+            found = together
+        elif found:
+            break
+    return found
+
+
+# ---- probabilities --------------------------------------------------------------------------------------------------
+def calibration_bins(rows: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
+    """Return (size, mean confidence, accuracy), from 0 to 1, of each of ten equal bins of the answer's probability."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for row in rows:
+        confidence = row["probs"][row["predicted"]]
+        bins.setdefault(min(int(confidence * ECE_BINS), ECE_BINS - 1), []).append(
+            (confidence, row["predicted"] == row["answer"])
+        )
+    return [
+        (len(members), *(sum(column) / len(members) for column in zip(*members, strict=True)))
+        for _, members in sorted(bins.items())
+    ]
+
+
+def expected_calibration_error(rows: list[dict[str, Any]]) -> float:
+    """Return the ECE in percent: the bins' |confidence - accuracy|, weighted by their size."""
+    return (
+        100
+        * sum(size * abs(confidence - accuracy) for size, confidence, accuracy in calibration_bins(rows))
+        / len(rows)
+    )
+
+
+def brier(rows: list[dict[str, Any]]) -> float:
+    """Return the mean squared distance of the letters' probabilities from the truth, summed over letters, 0 to 2."""
+    squares = (
+        (probability - (letter == row["answer"])) ** 2 for row in rows for letter, probability in row["probs"].items()
+    )
+    return sum(squares) / len(rows)

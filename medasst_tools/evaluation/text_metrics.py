@@ -7,9 +7,9 @@ n-grams only where shorter ones match, rapidfuzz for the longest common subseque
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
 
 from rapidfuzz.distance import LCSseq
 from rouge_chinese import Rouge
@@ -17,26 +17,28 @@ from rouge_chinese import Rouge
 from medasst_tools.evaluation.word_segmenter import spaced_words
 
 
-class Scores(NamedTuple):
-    """Percent, rounded to four decimals."""
+class Pair:
+    """One answer beside its reference; the words are found once for all metrics."""
 
-    bleu_4: float
-    rouge_1: float
-    rouge_2: float
-    rouge_l: float
+    def __init__(self, predict: str, label: str):
+        """Take both texts as they are."""
+        self.predict, self.label = predict, label
 
-
-METRICS = tuple(name.replace("_", "-") for name in Scores._fields)
-
-
-def score_pair(predict: str, label: str) -> Scores:
-    """Score one answer against its reference. Empty and blank texts score 0."""
-    rouge = _rouge(_words(predict), _words(label))
-    return Scores(*(round(100 * value, 4) for value in (bleu_4(predict, label), *rouge)))
+    @cached_property
+    def words(self) -> tuple[list[str], list[str]]:
+        """The words of answer and reference as rouge-chinese counts them."""
+        return _words(self.predict), _words(self.label)
 
 
-def bleu_4(predict: str, label: str) -> float:
+def score_pair(predict: str, label: str) -> tuple[float, ...]:
+    """Return the metrics of one answer in the order of METRICS: percent, to four decimals. Empty and blank texts score 0."""
+    pair = Pair(predict, label)
+    return tuple(round(100 * metric(pair), 4) for metric in METRICS.values())
+
+
+def bleu_4(pair: Pair) -> float:
     """Return NLTK's sentence_bleu([list(label)], list(predict)) with SmoothingFunction().method3, from 0 to 1."""
+    predict, label = pair.predict, pair.label
     matches = _clipped_matches(predict, label)
     if matches[0] == 0:
         return 0.0
@@ -92,14 +94,23 @@ def _words(text: str) -> list[str]:
 _ROUGE = Rouge()
 
 
-def _rouge(predict: list[str], label: list[str]) -> tuple[float, float, float]:
-    """Return the F of ROUGE-1, ROUGE-2 (over sets of n-grams, as rouge-chinese) and ROUGE-L, from 0 to 1."""
+def rouge_1(pair: Pair) -> float:
+    """Return the F of ROUGE-1 over sets of words, from 0 to 1, as rouge-chinese."""
+    return _set_f(*map(set, pair.words))
+
+
+def rouge_2(pair: Pair) -> float:
+    """Return the F of ROUGE-2 over sets of pairs of words, from 0 to 1, as rouge-chinese."""
+    return _set_f(*(set(zip(words, words[1:], strict=False)) for words in pair.words))
+
+
+def rouge_l(pair: Pair) -> float:
+    """Return the F of the longest common subsequence of words, from 0 to 1, as rouge-chinese."""
+    predict, label = pair.words
     if not predict or not label:
-        return 0.0, 0.0, 0.0
-    rouge_1 = _set_f(set(predict), set(label))
-    rouge_2 = _set_f(set(zip(predict, predict[1:], strict=False)), set(zip(label, label[1:], strict=False)))
+        return 0.0
     common = LCSseq.similarity(predict, label)  # by the words' 64-bit hashes
-    return rouge_1, rouge_2, _f(common / len(predict), common / len(label))
+    return _f(common / len(predict), common / len(label))
 
 
 def _set_f(predict: set, label: set) -> float:
@@ -109,3 +120,13 @@ def _set_f(predict: set, label: set) -> float:
 
 def _f(precision: float, recall: float) -> float:
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
+
+
+# What score, compare, report and model card walk: a metric is a function of a pair, from 0 to 1, and a line here.
+METRICS: dict[str, Callable[[Pair], float]] = {
+    "bleu-4": bleu_4,
+    "rouge-1": rouge_1,
+    "rouge-2": rouge_2,
+    "rouge-l": rouge_l,
+}
+PRIMARY = "rouge-l"  # said before anything is run; the others are adjusted for their number

@@ -5,6 +5,7 @@ goes on where it stopped, and a changed test set asks only what is new.
 """
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class AnswerStore:
     @staticmethod
     def key(*asked: Any) -> str:
         """Return the key of an answer: one sha256 over all that it depends on."""
-        return hashlib.sha256(orjson.dumps(asked, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     def __contains__(self, key: str) -> bool:
         """Say whether the question was answered."""

@@ -106,7 +106,7 @@ def write_predictions(
     with atomic_writer(out / PREDICTIONS) as file:  # as LLaMA-Factory writes a line
         file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     more = {"n": len(rows), "datasets": sizes, "seconds": round(seconds, 1)} | hardware.made_with()
-    write_json(out / RECORD, provenance.record(about, [out / PREDICTIONS]) | more)
+    write_json(out / RECORD, provenance.record(out / RECORD, about, [out / PREDICTIONS]) | more)
     print(f"{out / PREDICTIONS}: {len(rows)} answers in {seconds:.0f} s")
 
 

@@ -181,7 +181,7 @@ def complete(output_dir: Path, config: dict[str, Any], note: dict[str, Any]) -> 
         )
     open_permissions(output_dir)
     return (
-        provenance.record(note["made_of"], sorted(output_dir.glob("*.safetensors")))
+        provenance.record(output_dir / RUN, note["made_of"], sorted(output_dir.glob("*.safetensors")))
         | totals
         | {"seed": config.get("seed", 42), "processes": note["processes"], "resumed_from": note["resumed_from"]}
         | hardware.made_with()

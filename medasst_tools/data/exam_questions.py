@@ -10,10 +10,9 @@ import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
-
+from medasst_tools.config import read_yaml
 from medasst_tools.data.raw_files import LFS_POINTER
 from medasst_tools.errors import UserError
 from medasst_tools.files import PROJECT_ROOT
@@ -22,8 +21,7 @@ PROTOCOL = PROJECT_ROOT / "dataset_info" / "exams.yaml"
 LETTERS = "ABCD"
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """One four-way question; `choices` are the texts of A to D, `answer` is a letter."""
 
     benchmark: str
@@ -48,7 +46,7 @@ class Subject:
 
 def load_protocol() -> dict[str, Any]:
     """Return dataset_info/exams.yaml."""
-    return yaml.safe_load(PROTOCOL.read_text(encoding="utf-8"))
+    return read_yaml(PROTOCOL)
 
 
 def load_subjects(exams_dir: Path, protocol: dict[str, Any]) -> list[Subject]:
