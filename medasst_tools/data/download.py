@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medasst_tools.data.exam_questions import load_protocol
 from medasst_tools.data.raw_files import LFS_POINTER
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
-from medasst_tools.data.exam_questions import load_protocol
 from medasst_tools.files import only_one_run, sha256_of
 from medasst_tools.render import CONFIGS_DIR, load_experiments, resolve
 

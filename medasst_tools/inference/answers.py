@@ -38,6 +38,10 @@ class AnswerStore:
         """Return the answer; KeyError if there is none yet."""
         return self.answers[key]
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the answer, `default` if there is none yet."""
+        return self.answers.get(key, default)
+
     def __enter__(self) -> "AnswerStore":
         """Open the file to add answers, without a last line that a kill cut: the next would be glued to it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

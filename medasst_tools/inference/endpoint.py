@@ -76,7 +76,7 @@ def answer(
 
 def _row(record: Record, answers: AnswerStore, label: Callable[[str], str]) -> dict[str, str]:
     prompt = "\n".join(f"{message['role']}: {message['content']}" for message in record.messages)
-    predict = answers[record.key] if record.key in answers else ""
+    predict = answers.get(record.key, "")
     return {"prompt": prompt, "predict": predict, "label": label(record.reference)}
 
 

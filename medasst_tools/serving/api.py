@@ -13,6 +13,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from medasst_tools import provenance
+from medasst_tools.config import load
 from medasst_tools.errors import UserError
 from medasst_tools.machine import preflight
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time-limit", type=float, default=TIME_LIMIT, help=f"seconds for one answer's generation ({TIME_LIMIT:g})"
     )
+    preflight.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.chat_config, args.overrides)
     name = os.environ.get("API_MODEL_NAME") or args.chat_config.resolve().parent.name
     with _bind(host, port) as listener:  # before the model is loaded, which takes a while
-        preflight.require(config)
+        preflight.require(config, args)
         app = build_app(config, name, key, concurrent, args.queue, args.time_limit)
         address = f"http://{host}:{listener.getsockname()[1]}/v1"
         print(f"{address} serves {name}. This is no doctor: say so to who reads it.", flush=True)
@@ -62,13 +65,8 @@ def _number(variable: str, default: int) -> int:
 
 def load_config(path: Path, overrides: list[str]) -> dict[str, Any]:
     """Return a chat.yaml with `key=value` overrides; UserError if it can't be served."""
-    from omegaconf import OmegaConf
-
-    from medasst_tools.evaluation.exam import load_chat_config
-
-    if bad := [word for word in overrides if "=" not in word or word.startswith("-")]:
-        raise UserError(f"override {bad[0]!r} must be key=value, without dashes")
-    config = OmegaConf.to_container(OmegaConf.merge(load_chat_config(path), OmegaConf.from_cli(overrides)))
+    config = load(path, overrides, "chat")
+    provenance.check_model(config, path)
     if config.get("infer_backend", "huggingface") != "huggingface":
         raise UserError(
             f"infer_backend is {config['infer_backend']!r}, must be huggingface; for a GPU run vLLM's or SGLang's own "

@@ -1,9 +1,9 @@
-"""Talk to an experiment's model: LLaMA-Factory's chat page or its terminal chat, with our notice and safe defaults.
+"""Talk to an experiment's model: a chat page for everybody, or LLaMA-Factory's terminal chat, with our notice and safe defaults.
 
 Run: `medasst chat factory_configs/demo/chat.yaml` (`make chat`), or with `--terminal` (`make chat-cli`).
 
-The page is LLaMA-Factory's own chat box. Ours are the title, the notice, the address (127.0.0.1 unless CHAT_AUTH sets a
-password), the language, sliders that begin at the config's values, and that what a text model has no use for isn't shown.
+The page is gradio's ChatInterface over LLaMA-Factory's ChatModel: greedy or as the config says, on this machine only unless
+CHAT_AUTH sets a password, and it asks no other host for anything. `--expert` shows the model and its settings.
 """
 
 import argparse
@@ -11,17 +11,31 @@ import ipaddress
 import os
 import socket
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medasst_tools import console, provenance
+from medasst_tools.config import load
 from medasst_tools.errors import UserError
-from medasst_tools.evaluation.exam import load_chat_config
 from medasst_tools.machine import preflight
 from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH, TITLE
 
-# LLaMA-Factory's tools, uploads and switches: of no use with a text model, and some would break it or unescape HTML
-HIDDEN = ("role", "system", "tools", "mm_box", "skip_special_tokens", "escape_html", "enable_thinking")
+EXAMPLES = [
+    "最近总是失眠，应该怎么调整？",
+    "感冒了需要吃抗生素吗？",
+    "高血压患者饮食上要注意什么？",
+    "体检发现轻度脂肪肝，需要治疗吗？",
+]
+# The notice and the box stay in sight, on a phone too; fonts are the system's own.
+CSS = """
+footer { display: none !important; }
+.gradio-container { max-width: 60rem !important; margin: 0 auto !important; padding: 0.5rem !important; }
+#notice { font-size: 0.85rem; line-height: 1.4; padding: 0.4rem 0.7rem; border-left: 4px solid #d97706; background: #fef3c7; }
+#notice * { color: #78350f !important; }
+@media (max-width: 600px) { #notice .english { display: none; } .gradio-container { padding: 0.25rem !important; } }
+"""
+FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 
 
 class Address(NamedTuple):
@@ -35,30 +49,30 @@ class Address(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.description = (
-        "LLaMA-Factory's chat page on 127.0.0.1:7860. Environment: GRADIO_SERVER_NAME and GRADIO_SERVER_PORT, as gradio's "
-        "own; CHAT_AUTH=user:password, needed for any address that other machines reach."
+        "The chat page on 127.0.0.1:7860. Environment: GRADIO_SERVER_NAME and GRADIO_SERVER_PORT, as gradio's own; "
+        "CHAT_AUTH=user:password, needed for any address that other machines reach."
     )
     parser.add_argument("chat_config", type=Path, help="factory_configs/<experiment>/chat.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="over what the file says, as llamafactory-cli"
     )
     parser.add_argument("--terminal", action="store_true", help="chat in the terminal instead")
+    parser.add_argument("--expert", action="store_true", help="show the model's path and sliders for its settings")
+    preflight.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Chat until interrupted."""
-    config = load_chat_config(args.chat_config)
-    if bad := [word for word in args.overrides if "=" not in word or word.startswith("-")]:
-        raise UserError(f"override {bad[0]!r} must be key=value, without dashes")
+    config = load(args.chat_config, args.overrides, "chat")
     address = None if args.terminal else read_address(os.environ)
-    preflight.require(config)
-    print(f"{NOTICE_ZH}\n{NOTICE_EN}", flush=True)
-    # LLaMA-Factory's chats read their config from the command line
-    sys.argv = ["llamafactory-cli", str(args.chat_config), *args.overrides]
+    trained = provenance.check_model(config, args.chat_config)
+    preflight.require(config, args)
     if address is None:
+        # LLaMA-Factory's terminal chat reads its config from the command line
+        sys.argv = ["llamafactory-cli", str(args.chat_config), *args.overrides]
         chat_in_terminal()
     else:
-        serve_page(address, config.get("adapter_name_or_path") or config["model_name_or_path"])
+        serve_page(address, config, provenance.describe(config, trained) if args.expert else None)
 
 
 def read_address(environment: os._Environ | dict[str, str]) -> Address:
@@ -112,23 +126,26 @@ def check_port(host: str, port: int) -> None:
 
 
 def chat_in_terminal() -> None:
-    """Run LLaMA-Factory's terminal chat; the end of the input ends it."""
+    """Run LLaMA-Factory's terminal chat, the notice at its prompt; the end of the input ends it."""
     from llamafactory.chat.chat_model import run_chat
 
+    print(f"{NOTICE_ZH}\n{NOTICE_EN}", flush=True)
     try:
         run_chat()
     except EOFError:
         print()
 
 
-def serve_page(address: Address, model: str) -> None:
-    """Serve the page until interrupted."""
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    from llamafactory.extras.misc import fix_proxy
+# ---- the page -------------------------------------------------------------------------------------------------------
+def serve_page(address: Address, config: dict[str, Any], about: str | None) -> None:
+    """Serve the page until interrupted; its address is the last line that is printed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with console.logged(Path("results") / "chat.log") as terminal:
+        from llamafactory.chat import ChatModel
+        from llamafactory.extras.misc import fix_proxy
 
-    fix_proxy()  # gradio asks its own page whether it is up, and must not ask through a proxy
-    with tempfile.TemporaryDirectory(prefix="medasst-chat-") as folder:
-        page = build_page(model, Path(folder))
+        fix_proxy()  # gradio asks its own page whether it is up, and must not ask through a proxy
+        page = build_page(ChatModel(config), about)
         page.queue().launch(
             server_name=address.host,
             server_port=address.port,
@@ -136,43 +153,66 @@ def serve_page(address: Address, model: str) -> None:
             share=False,
             show_api=False,
             inbrowser=False,
+            prevent_thread_lock=True,
+            quiet=True,
         )
+        print(f"{NOTICE_ZH}\n{NOTICE_EN}\n{TITLE}: http://{address.host}:{address.port}", file=terminal, flush=True)
+        page.block_thread()
 
 
-def build_page(model: str, cache_dir: Path) -> Any:
-    """Return the page as gradio Blocks: what LLaMA-Factory's `create_web_demo` builds, in Chinese, and ours around it.
-
-    LLaMA-Factory writes files that this page has no use for, by default into the working directory: into `cache_dir` here.
-    """
+def build_page(model: Any, about: str | None = None) -> Any:
+    """Return the page as gradio Blocks over a LLaMA-Factory ChatModel; `about` is shown with the settings, to experts."""
     import gradio as gr
-    from llamafactory.webui import common
-    from llamafactory.webui.components import create_chat_box
-    from llamafactory.webui.css import CSS
-    from llamafactory.webui.engine import Engine
-    from llamafactory.webui.locales import LOCALES
 
-    common.DEFAULT_CACHE_DIR = str(cache_dir)
-    engine = Engine(pure_chat=True)
-    with gr.Blocks(title=TITLE, css=CSS) as page:
-        gr.Markdown(f"# {TITLE}\n\n**{NOTICE_ZH}**\n\n{NOTICE_EN}", elem_id="notice")
-        lang = gr.Dropdown(choices=["zh", "en", "ko", "ja", "ru"], value="zh", scale=1)  # LLaMA-Factory's
-        engine.manager.add_elems("top", {"lang": lang})
-        chatbot, messages, elements = create_chat_box(engine, visible=True)
-        engine.manager.add_elems("infer", elements)
-        chatbot.label, chatbot.height = f"对话 / conversation: {model}", 520
-        chatbot.clear(lambda: [], outputs=[messages])  # else its bin would empty what is seen and keep what is sent
-        set_defaults(elements, engine.chatter.engine.generating_args)
-        for name, element in engine.manager.get_elem_iter():
-            for attribute, text in LOCALES.get(name, {}).get("zh", {}).items():
-                setattr(element, attribute, text)
-        lang.change(engine.change_lang, [lang], engine.manager.get_elem_list(), queue=False)
+    def answer(message: str, history: list[dict[str, Any]], *settings: float) -> Iterator[str]:
+        """Stream the answer to a message; an empty one gets none."""
+        if not message.strip():
+            raise gr.Error("请先输入问题。", duration=5)
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in history]
+        given = dict(zip(("max_new_tokens", "temperature", "top_p"), settings, strict=False))
+        text = ""
+        for word in model.stream_chat([*turns, {"role": "user", "content": harmless(message)}], **given):
+            text += word
+            yield text
+
+    theme = gr.themes.Soft(font=FONTS, font_mono=["monospace"])
+    with gr.Blocks(title=TITLE, css=CSS, theme=theme, fill_height=True, analytics_enabled=False) as page:
+        gr.HTML(f'<b>{TITLE}</b>　{NOTICE_ZH} <span class="english">{NOTICE_EN}</span>', elem_id="notice")
+        if about:
+            gr.Markdown(about)
+        gr.ChatInterface(
+            answer,
+            type="messages",
+            chatbot=gr.Chatbot(type="messages", show_label=False, scale=1, sanitize_html=True, render_markdown=False),
+            textbox=gr.Textbox(
+                placeholder="请输入问题，回车发送", show_label=False, max_lines=6, max_length=4000, autofocus=True
+            ),
+            examples=EXAMPLES,
+            cache_examples=False,
+            additional_inputs=_sliders(model) if about else None,
+            stop_btn=True,
+            fill_height=True,
+            analytics_enabled=False,
+        )
+    page.head = ""
     return page
 
 
-def set_defaults(elements: dict[str, Any], generating: dict[str, Any]) -> None:
-    """Start the sliders at the config's values, and hide what isn't for this page."""
-    for name in ("max_new_tokens", "top_p", "temperature"):
-        elements[name].value = generating[name]
-    elements["query"].lines = 4
-    for name in HIDDEN + (() if generating["do_sample"] else ("top_p", "temperature")):  # greedy: nothing to set
-        elements[name].visible = False
+def harmless(text: str) -> str:
+    """Return a user's text with the marks of chat templates broken: the model would take them for the end of a turn."""
+    return (
+        text.replace("<|", "<\u200b|")
+        .replace("<start_of_turn>", "<\u200bstart_of_turn>")
+        .replace("[INST]", "[\u200bINST]")
+    )
+
+
+def _sliders(model: Any) -> list[Any]:
+    import gradio as gr
+
+    values = model.engine.generating_args
+    sliders = [gr.Slider(8, 2048, value=values["max_new_tokens"], step=1, label="max_new_tokens")]
+    if values["do_sample"]:  # greedy: nothing to set
+        sliders += [gr.Slider(0.01, 1.5, value=values["temperature"], label="temperature")]
+        sliders += [gr.Slider(0.01, 1.0, value=values["top_p"], label="top_p")]
+    return sliders

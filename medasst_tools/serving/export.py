@@ -1,31 +1,34 @@
-"""Merge an experiment's adapter into its base, with a model card and a Modelfile that says what training said.
+"""Merge an experiment's adapter into its base: what the base's release is, with the adapter in, and a model card.
 
 Run: `medasst export factory_configs/demo/export.yaml`, which `make export` calls.
 
-LLaMA-Factory merges and writes safetensors, in this process, into a folder beside the place, which takes the place only when
-it is whole. The chat template and the Ollama Modelfile that go with it are compared with the template that the model was trained
-with and corrected where they differ (`medasst_tools/serving/exported_prompts.py`). README.md is rendered from templates/model_card.md.j2; export.json, written last, says what the
-model was made of: the same again merges nothing and renews the card.
+LLaMA-Factory merges, in this process, into a folder beside the place, which takes the place only when it is whole. Config
+and tokenizer are then the base's own files again, because what transformers 5 writes older readers read wrongly, and the
+prompt files are made those of the training (`exported_prompts`). README.md is rendered from templates/model_card.md.j2;
+export.json, written last, says what the model was made of: the same again merges nothing and renews the card.
 """
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from medasst_tools import console, provenance
+from medasst_tools.config import load, read_yaml
 from medasst_tools.data.registry import load_datasets
-from medasst_tools.errors import UserError
-from medasst_tools.files import PROJECT_ROOT, model_sha256, write_json, write_text
-from medasst_tools.machine import preflight
+from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.files import PROJECT_ROOT, open_permissions, read_json, write_json, write_text
+from medasst_tools.machine import hardware, preflight
 from medasst_tools.serving.exported_prompts import correct_prompts
 from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH
-from medasst_tools.training.train import COMPLETE, made_with
+from medasst_tools.training.checkpoints import weights_fault
 
 BASES = PROJECT_ROOT / "dataset_info" / "base_models.yaml"
 DONE = "export.json"
+RELEASED = ("config.json", "generation_config.json", *provenance.TOKENIZER_FILES)
+PROMPT_KEYS = ("template", "default_system", "enable_thinking")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,56 +38,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="key=value", help="over what the file says, as for llamafactory-cli"
     )
     parser.add_argument("--results-dir", type=Path, default=Path("results"), help="where the scores are (results)")
+    preflight.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Export, or find the same model exported before."""
     config = load_export_config(args.config, args.overrides)
     target = Path(config["export_dir"])
-    facts = gather_facts(args.config, config, args.results_dir)
-    card = render_card(facts)
-    inputs = facts["inputs"]
-    earlier = read_json(target / DONE)
-    if earlier.get("inputs") == inputs and earlier.get("sha256") == model_sha256(target):
+    trained = provenance.check_model(config, args.config)
+    about = made_of(config)
+    card = render_card(gather_facts(args.config.parent.name, config, trained, args.results_dir))
+    if provenance.up_to_date(target / DONE, about):
         write_text(target / "README.md", card)  # the scores may be new
-        print(f"{target}: exported before from the same adapter and base; nothing to merge, the card is up to date")
         return
     if target.is_dir() and any(target.iterdir()) and not (target / DONE).is_file():
         raise UserError(f"{target} holds something that `medasst export` didn't write; move it or give export_dir=...")
-    preflight.require(config)
+    preflight.require(config, args)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         made = Path(folder) / target.name
-        corrections = merge(config | {"export_dir": str(made)})
+        with console.logged(args.results_dir / args.config.parent.name / "export.log"):
+            corrections = merge(config | {"export_dir": str(made)})
+        note = {"corrections": corrections} | hardware.made_with()
+        write_json(made / DONE, provenance.record(made / DONE, about, sorted(made.glob("*"))) | note)
         write_text(made / "README.md", card)
-        note = {"inputs": inputs, "corrections": corrections, "sha256": model_sha256(made)} | made_with()
-        write_json(made / DONE, note)
+        open_permissions(made)
         if target.exists():
             target.rename(Path(folder) / "replaced")
         made.rename(target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    print("\n".join(f"corrected: {line}" for line in corrections) or "chat template and Modelfile: as in training")
+    print("\n".join(f"corrected: {line}" for line in corrections) or "prompt files: as the base released them")
     print(f"{target}: {size / 1e6:,.1f} MB")
 
 
 def load_export_config(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """Return an export.yaml with its overrides; UserError if it isn't one or its models aren't there."""
-    from omegaconf import OmegaConf
-
-    if bad := [word for word in overrides if "=" not in word or word.startswith("-")]:
-        raise UserError(f"override {bad[0]!r} must be key=value, without dashes")
-    try:
-        config = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides)))
-    except FileNotFoundError:
-        raise UserError(f"no {path}; `medasst render` writes one for each LoRA experiment") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    needed = ("model_name_or_path", "adapter_name_or_path", "template", "export_dir")
-    if missing := [key for key in needed if not config.get(key)]:
-        raise UserError(f"{path} says no {', '.join(missing)}; is it an export.yaml?")
-    for key in ("model_name_or_path", "adapter_name_or_path"):
-        if config[key].startswith("saves/") and not Path(config[key]).is_dir():
-            raise UserError(f"{path}: no {config[key]}; `make train EXPERIMENT={Path(config[key]).name}` makes it")
+    """Return an export.yaml with its overrides; UserError if it isn't one or would overwrite what it merges."""
+    config = load(path, overrides, "export")
+    if not config.get("adapter_name_or_path"):
+        raise UserError(f"{path} says no adapter_name_or_path: there is nothing to merge")
     places = [Path(config[key]).resolve() for key in ("model_name_or_path", "adapter_name_or_path")]
     target = Path(config["export_dir"]).resolve()
     if any(place == target or target in place.parents for place in places):
@@ -92,41 +83,105 @@ def load_export_config(path: Path, overrides: list[str]) -> dict[str, Any]:
     return config
 
 
+def made_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what the export depends on."""
+    settings = provenance.settings_that_matter(config, also_neutral=("export_dir",))
+    code = {"medasst export": provenance.code_sha256("serving/export.py", "serving/exported_prompts.py")}
+    return provenance.made_of(settings, {}, provenance.model_identity(config), code)
+
+
 def merge(config: dict[str, Any]) -> list[str]:
-    """Let LLaMA-Factory merge into config["export_dir"] and correct its Modelfile; return the corrections."""
+    """Let LLaMA-Factory merge into config["export_dir"], and make its files the release's; return what was corrected."""
+    if fault := weights_fault(Path(config["adapter_name_or_path"])):
+        raise CheckFailed(f"{config['adapter_name_or_path']}: {fault}; not exported")
     from llamafactory.train.tuner import export_model
 
     export_model(config)
     folder = Path(config["export_dir"])
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"LLaMA-Factory wrote no safetensors into {folder}; is export_legacy_format set?")
-    return correct_prompts(folder, {key: config[key] for key in ("template", "default_system") if key in config})
+    if fault := weights_fault(folder):
+        raise CheckFailed(f"the merged weights: {fault}; is the base whole? Not exported")
+    put_back_released_files(folder, base_folder(config["model_name_or_path"]))
+    return correct_prompts(folder, {key: config[key] for key in PROMPT_KEYS if key in config})
 
 
-def gather_facts(path: Path, config: dict[str, Any], results_dir: Path) -> dict[str, Any]:
-    """Return everything that the model card says; what isn't known is None or empty."""
-    adapter, base = Path(config["adapter_name_or_path"]), config["model_name_or_path"]
-    experiment = path.parent.name
-    trained = read_json(adapter / COMPLETE)
-    settings = trained.get("inputs", {}).get("config", {})
-    return {
+def base_folder(base: str) -> Path:
+    """Return the folder with the base's files: its own, or where its hub's client keeps it after the merge."""
+    if Path(base).is_dir():
+        return Path(base)
+    from llamafactory.extras.misc import try_download_model_from_other_hub
+    from llamafactory.hparams import ModelArguments
+    from transformers.utils import cached_file
+
+    local = try_download_model_from_other_hub(ModelArguments(model_name_or_path=base))
+    return Path(local) if Path(local).is_dir() else Path(cached_file(base, "config.json")).parent
+
+
+def put_back_released_files(folder: Path, base: Path) -> None:
+    """Replace config and tokenizer as transformers wrote them by the base's own, readable for transformers 4 too."""
+    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype", "bfloat16")
+    for pattern in RELEASED:
+        for path in folder.glob(pattern):
+            path.unlink()
+        for path in filter(Path.is_file, base.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    if (base / "chat_template.jinja").is_file():
+        shutil.copyfile(base / "chat_template.jinja", folder / "chat_template.jinja")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", for_older_readers(config) | {"torch_dtype": dtype})
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file():
+        write_json(tokenizer, tokenizer_for_older_readers(json.loads(tokenizer.read_text(encoding="utf-8"))))
+
+
+def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json that transformers 5 wrote with what version 4, vLLM and converters of that time look for.
+
+    They take rope_theta from the top level, and 10,000 without a word where it isn't there.
+    """
+    rope = config.get("rope_parameters") or {}
+    return ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}) | config
+
+
+def tokenizer_for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer_config.json without the class and the list that only transformers 5 knows."""
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if isinstance(extra := config.get("extra_special_tokens"), list):
+        config = {key: value for key, value in config.items() if key != "extra_special_tokens"}
+        config["additional_special_tokens"] = extra
+    return config
+
+
+# ---- the card -------------------------------------------------------------------------------------------------------
+def gather_facts(
+    experiment: str, config: dict[str, Any], run: dict[str, Any] | None, results_dir: Path
+) -> dict[str, Any]:
+    """Return everything that the model card says; what isn't known, or isn't of this model, is None or empty."""
+    base, identity = config["model_name_or_path"], provenance.model_identity(config)
+    results = {name: read_json(results_dir / experiment / f"{name}.json") for name in ("scores", "exam", "safety")}
+    results = {
+        name: found if found and found["made_of"].get("model") == identity else None for name, found in results.items()
+    }
+    made = (run or {}).get("made_of", {})
+    of_results = {"predict": results["scores"], "exam": results["exam"]}
+    return results | {
         "experiment": experiment,
+        "shown": provenance.shown_name(
+            experiment, train=made, **{kind: found and found["made_of"] for kind, found in of_results.items()}
+        ),
         "base": base,
         "base_facts": base_facts(base),
         "template": config["template"],
+        "enable_thinking": config.get("enable_thinking"),
         "system": config.get("default_system"),
-        "run": trained,
-        "settings": settings,
-        "data": data_rows(settings),
-        "scores": read_json(results_dir / experiment / "scores.json"),
-        "exam": read_json(results_dir / experiment / "exam.json"),
-        "safety": read_json(results_dir / experiment / "safety.json"),
-        "adapter_sha256": model_sha256(adapter),
-        "inputs": {
-            "config": dict(sorted(config.items())),
-            "adapter": model_sha256(adapter),
-            "base": model_sha256(Path(base)) or base,
-        },
+        "run": run,
+        "settings": made.get("settings", {}),
+        "data": data_rows(experiment, made.get("settings", {}).get("dataset", "")),
+        "files": made.get("files", {}),
+        "adapter_sha256": identity.get("adapter"),
         "notice_zh": NOTICE_ZH,
         "notice_en": NOTICE_EN,
     }
@@ -134,29 +189,23 @@ def gather_facts(path: Path, config: dict[str, Any], results_dir: Path) -> dict[
 
 def base_facts(base: str) -> dict[str, Any]:
     """Return the base's licence and page; a folder of this project says what it is made of, an unknown id that it is unknown."""
-    known = yaml.safe_load(BASES.read_text(encoding="utf-8"))
+    known = read_yaml(BASES)
     for entry in known:
         if base in entry["ids"]:
             return entry
     return {"licence": None, "licence_id": None, "homepage": None}
 
 
-def data_rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row for each dataset trained on: its corpus, licence, count from the manifest, sha256."""
-    datasets = load_datasets()
-    manifest = read_json(Path(settings.get("dataset_dir", "")) / "manifest.json").get("datasets", {})
+def data_rows(experiment: str, names: str) -> list[dict[str, Any]]:
+    """Return one row for each dataset trained on: its corpus, licence, and count from the manifest."""
+    datasets, rendered = load_datasets(), Path("factory_configs", experiment, "train.yaml")
+    dataset_dir = load(rendered)["dataset_dir"] if rendered.is_file() else ""
+    manifest = (read_json(Path(dataset_dir) / "manifest.json") or {}).get("datasets", {})
     rows = []
-    for name in filter(None, settings.get("dataset", "").split(",")):
+    for name in filter(None, names.split(",")):
         corpus = datasets[name].corpus if name in datasets else None
-        rows.append(
-            {
-                "name": name,
-                "corpus": corpus.title if corpus else None,
-                "homepage": corpus.homepage if corpus else None,
-                "licence": corpus.licence if corpus else None,
-                "counts": manifest.get(name),
-            }
-        )
+        about = {key: getattr(corpus, key, None) for key in ("homepage", "licence")}
+        rows.append({"name": name, "corpus": getattr(corpus, "title", None), "counts": manifest.get(name)} | about)
     return rows
 
 
@@ -173,16 +222,3 @@ def render_card(facts: dict[str, Any]) -> str:
     )
     environment.filters["thousands"] = "{:,}".format
     return environment.get_template("model_card.md.j2").render(facts)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, {} if there is none; UserError if it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); run the step that writes it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged; run the step that writes it again")
-    return value

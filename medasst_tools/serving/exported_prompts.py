@@ -1,17 +1,16 @@
-"""Does an exported model carry the prompt that it was trained with? Its chat template and its Ollama Modelfile, compared.
+"""An exported model carries the prompt that it was trained with, in the files that other servers read.
 
-Other servers (vLLM, Ollama) don't know LLaMA-Factory's templates: vLLM reads chat_template.jinja, Ollama the Modelfile. Both
-are rendered here over a dialogue of two turns, without and with a system prompt, and must give the token ids that LLaMA-Factory
-trains on. Where LLaMA-Factory's files don't, they are written anew from the same template.
-
-Ollama renders Go templates. The few forms that occur in these Modelfiles are translated to Jinja; Ollama itself isn't run.
+vLLM and SGLang read chat_template.jinja, Ollama the Modelfile, and both stop where generation_config.json says. The chat
+template is rendered over a dialogue of two turns, without and with another system prompt, and must give the token ids that
+LLaMA-Factory trains on; the Modelfile is written from the same template (the tests run it through Go's text/template).
 """
 
-import re
+import json
 from pathlib import Path
 from typing import Any
 
 from medasst_tools.errors import CheckFailed
+from medasst_tools.files import write_json
 
 DIALOGUE = [
     {"role": "user", "content": "孩子发烧 38.5 度怎么办？"},
@@ -23,10 +22,10 @@ OTHER_SYSTEM = "请简短回答。"
 GREEDY = "PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
 
 
-def correct_prompts(folder: Path, chat: dict[str, str]) -> list[str]:
-    """Correct the exported folder's chat template and Modelfile where they differ from `chat`'s template and system prompt.
+def correct_prompts(folder: Path, chat: dict[str, Any]) -> list[str]:
+    """Make the exported folder's prompt files those of `chat` (template, system prompt, enable_thinking).
 
-    Return a line for each correction. CheckFailed if they differ even then: nothing must serve that model.
+    Return a line for each correction of what the base released. CheckFailed if no chat template gives the training's prompt.
     """
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
@@ -39,21 +38,35 @@ def correct_prompts(folder: Path, chat: dict[str, str]) -> list[str]:
     corrections = []
     if difference := chat_template_difference(tokenizer, template):
         tokenizer.chat_template = template._get_jinja_template(tokenizer)
-        tokenizer.save_pretrained(folder)
         corrections.append(f"chat_template.jinja: {difference}")
         if difference := chat_template_difference(tokenizer, template):
             raise CheckFailed(
                 f"{chat['template']}: no chat template of LLaMA-Factory's gives its prompt ({difference})"
             )
-    path = folder / "Modelfile"
-    text = path.read_text(encoding="utf-8")
-    if difference := modelfile_difference(text, tokenizer, template):
-        text = write_modelfile(tokenizer, template)
-        corrections.append(f"Modelfile: {difference}")
-        if difference := modelfile_difference(text, tokenizer, template):
-            raise CheckFailed(f"{chat['template']}: no Modelfile gives LLaMA-Factory's prompt ({difference})")
-    path.write_text(text.removesuffix(GREEDY) + GREEDY, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+        _without_older_template(folder / "tokenizer_config.json")
+    stops = sorted(set(template.get_stop_token_ids(tokenizer)) | {tokenizer.eos_token_id})
+    if line := _stop_at(folder / "generation_config.json", stops):
+        corrections.append(line)
+    (folder / "Modelfile").write_text(write_modelfile(tokenizer, template) + GREEDY, encoding="utf-8")
     return corrections
+
+
+def _without_older_template(path: Path) -> None:
+    """Older readers look into tokenizer_config.json first."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("chat_template", None):
+        write_json(path, config)
+
+
+def _stop_at(path: Path, stops: list[int]) -> str | None:
+    """Let generation_config.json end an answer where the training's answers end; return what was wrong, None if nothing."""
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    before = config.get("eos_token_id")
+    if set(before if isinstance(before, list) else [before]) >= set(stops):
+        return None
+    write_json(path, config | {"eos_token_id": stops})
+    return f"generation_config.json: eos_token_id {before} -> {stops}"
 
 
 def reference_ids(tokenizer, template, system: str | None) -> list[int]:
@@ -83,64 +96,6 @@ def chat_template_difference(tokenizer, template) -> str | None:
     return None
 
 
-def modelfile_difference(text: str, tokenizer, template) -> str | None:
-    """Say how a Modelfile differs from LLaMA-Factory's prompt and stop words; None if it doesn't."""
-    parts = parse_modelfile(text)
-    if parts["SYSTEM"] != (template.default_system or None):
-        return f"SYSTEM is {parts['SYSTEM']!r}"
-    stops = {tokenizer.convert_ids_to_tokens(token) for token in template.get_stop_token_ids(tokenizer)}
-    if parts["stop"] != stops:
-        return f"the stop words are {sorted(parts['stop'])}, must be {sorted(stops)}"
-    bos = tokenizer.bos_token
-    if bos and parts["TEMPLATE"].startswith(bos):
-        return f"{bos} in the template, which Ollama adds itself"
-    for system in filter(None, (template.default_system, OTHER_SYSTEM)):
-        prompt = render_ollama(parts["TEMPLATE"], system, DIALOGUE)
-        if tokenizer.encode(prompt, add_special_tokens=False) != reference_ids(tokenizer, template, system):
-            return "another prompt than in training"
-    return None
-
-
-def parse_modelfile(text: str) -> dict[str, Any]:
-    """Return a Modelfile's TEMPLATE, SYSTEM (None without one) and set of stop words."""
-    long = dict(re.findall(r'^(TEMPLATE|SYSTEM) """(.*?)"""$', text, re.DOTALL | re.MULTILINE))
-    stops = set(re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE))
-    return {"TEMPLATE": long.get("TEMPLATE", ""), "SYSTEM": long.get("SYSTEM"), "stop": stops}
-
-
-# Go's text/template to Jinja, for the forms that these Modelfiles have
-GO_FORMS = {
-    "if .System": "{% if System %}",
-    "range .Messages": "{% for message in Messages %}",
-    'if eq .Role "user"': "{% if message.role == 'user' %}",
-    'else if eq .Role "assistant"': "{% elif message.role == 'assistant' %}",
-    ".System": "{{ System }}",
-    ".Content": "{{ message.content }}",
-    "$system := .System": "{% set first = namespace(system=System) %}",
-    "if $system": "{% if first.system %}",
-    "$system": "{{ first.system }}",
-    '$system = ""': "{% set first.system = '' %}",
-}
-
-
-def render_ollama(go_template: str, system: str, messages: list[dict[str, str]]) -> str:
-    """Return the prompt that Ollama makes: as there, the system prompt is `.System` and also the first message."""
-    import jinja2
-
-    pieces, blocks = [], []
-    for text, action in re.findall(r"(.*?)(?:\{\{ (.*?) \}\}|\Z)", go_template, re.DOTALL):
-        pieces.append(f"{{% raw %}}{text}{{% endraw %}}" if text else "")
-        if action == "end":
-            pieces.append(f"{{% end{blocks.pop()} %}}")
-        elif action:
-            if action not in GO_FORMS:
-                raise CheckFailed(f"the Modelfile's template has a form that isn't known here: {action}")
-            pieces.append(GO_FORMS[action])
-            blocks += {"if": ["if"], "range": ["for"]}.get(action.split()[0], [])
-    template = jinja2.Environment(keep_trailing_newline=True).from_string("".join(pieces))
-    return template.render(System=system, Messages=[{"role": "system", "content": system}, *messages])
-
-
 def write_modelfile(tokenizer, template) -> str:
     """Return a Modelfile of LLaMA-Factory's template: no begin token, and the system prompt where the template has it."""
     from llamafactory.data.template import Llama2Template
@@ -158,7 +113,7 @@ def write_modelfile(tokenizer, template) -> str:
     body = f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}'
     stops = sorted(tokenizer.convert_ids_to_tokens(token) for token in template.get_stop_token_ids(tokenizer))
     lines = [
-        "# written by medasst export: LLaMA-Factory's own Modelfile gave another prompt than the training's\n",
+        "# written by medasst export from LLaMA-Factory's template\n",
         f'FROM .\n\nTEMPLATE """{opening}{{{{ range .Messages }}}}{body}{{{{ end }}}}"""\n',
         f'SYSTEM """{template.default_system}"""\n' if template.default_system else "",
         *(f'PARAMETER stop "{stop}"' for stop in stops),
