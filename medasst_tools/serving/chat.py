@@ -9,6 +9,7 @@ CHAT_AUTH sets a password, and it asks no other host for anything. `--expert` sh
 import argparse
 import ipaddress
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -145,6 +146,7 @@ def serve_page(address: Address, config: dict[str, Any], about: str | None) -> N
         from llamafactory.extras.misc import fix_proxy
 
         fix_proxy()  # gradio asks its own page whether it is up, and must not ask through a proxy
+        ask_no_other_host()
         page = build_page(ChatModel(config), about)
         page.queue().launch(
             server_name=address.host,
@@ -158,6 +160,17 @@ def serve_page(address: Address, config: dict[str, Any], about: str | None) -> N
         )
         print(f"{NOTICE_ZH}\n{NOTICE_EN}\n{TITLE}: http://{address.host}:{address.port}", file=terminal, flush=True)
         page.block_thread()
+
+
+def ask_no_other_host() -> None:
+    """Take the scripts of other hosts out of gradio's page: slow or blocked in China, and nobody's business."""
+    import jinja2
+    from gradio.routes import templates
+
+    name = "frontend/index.html"
+    source = templates.env.loader.get_source(templates.env, name)[0]
+    without = re.sub(r'<script[^>]*src="https?://[^>]*>\s*</script>|<link[^>]*href="https?://[^>]*>', "", source)
+    templates.env.loader = jinja2.ChoiceLoader([jinja2.DictLoader({name: without}), templates.env.loader])
 
 
 def build_page(model: Any, about: str | None = None) -> Any:
@@ -185,16 +198,20 @@ def build_page(model: Any, about: str | None = None) -> Any:
             type="messages",
             chatbot=gr.Chatbot(type="messages", show_label=False, scale=1, sanitize_html=True, render_markdown=False),
             textbox=gr.Textbox(
-                placeholder="请输入问题，回车发送", show_label=False, max_lines=6, max_length=4000, autofocus=True
+                placeholder="请输入问题，回车发送",
+                show_label=False,
+                max_lines=6,
+                max_length=4000,
+                autofocus=True,
+                submit_btn="发送",
+                stop_btn="停止",
             ),
             examples=EXAMPLES,
             cache_examples=False,
             additional_inputs=_sliders(model) if about else None,
-            stop_btn=True,
             fill_height=True,
             analytics_enabled=False,
         )
-    page.head = ""
     return page
 
 
