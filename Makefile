@@ -17,7 +17,6 @@ SHOTS ?= 0
 BACKEND ?= llamafactory
 API_BASE ?= http://127.0.0.1:8000/v1
 API_ARGS ?=
-REPORT_LANG ?= en
 PYTHON ?= python3
 comma := ,
 
@@ -103,11 +102,11 @@ exam: model ## answer the exam questions (SHOTS=0 or 5)
 score: setup
 	@$(MEDASST) score $(RESULTS)/generated_predictions.jsonl --out $(RESULTS)/scores.json --per-record $(RESULTS)/per_record.jsonl --workers 2
 
-report: setup ## write results/report.md and report.html (REPORT_LANG=zh)
-	@$(MEDASST) report --lang $(REPORT_LANG)
+report: setup ## write results/report.md, report_zh.md and report.html
+	@$(MEDASST) report
 
 eval: data ## everything, from installation to report (EXPERIMENTS="demo_base demo")
-	@$(foreach name,$(EXPERIMENTS),$(call again,evaluate,$(name))) $(MEDASST) report --lang $(REPORT_LANG)
+	@$(foreach name,$(EXPERIMENTS),$(call again,evaluate,$(name))) $(MEDASST) report
 
 evaluate:
 	@if [ -f $(CONFIGS)/train.yaml ]; then $(MAKE) train TRAIN_FLAGS=--more-samples-will-do; fi

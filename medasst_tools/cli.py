@@ -63,7 +63,7 @@ VERBS = {
         "medasst_tools.evaluation.safety",
         "what a model says to red flags, false premises, requests for prescriptions",
     ),
-    "report": ("medasst_tools.report.tables", "everything in results/ beside the paper's tables"),
+    "report": ("medasst_tools.report.page", "everything in results/ beside the paper's tables"),
 }
 
 

@@ -12,7 +12,6 @@ import codecs
 import logging
 import re
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
@@ -194,12 +193,11 @@ def score_chunk(chunk: Iterable[tuple[str, str]]) -> list[tuple[float, ...]]:
 
 def prepare() -> Callable[[str, str], tuple[float, ...]]:
     """Load the dictionaries, once a process, and return the function that scores a pair."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # jieba's and rouge-chinese's sources warn when Python first compiles them
-        import jieba
+    import jieba
 
-        from medasst_tools.evaluation.text_metrics import score_pair
-        from medasst_tools.evaluation.word_segmenter import spaced_words
+    from medasst_tools.evaluation.text_metrics import score_pair
+    from medasst_tools.evaluation.word_segmenter import spaced_words
+
     jieba.setLogLevel(logging.WARNING)
     jieba.initialize()
     spaced_words("好")  # the port loads its dictionary with the first text
@@ -208,9 +206,8 @@ def prepare() -> Callable[[str, str], tuple[float, ...]]:
 
 def metric_names() -> tuple[str, ...]:
     """Return the names of the metrics, in the table's order."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from medasst_tools.evaluation.text_metrics import METRICS
+    from medasst_tools.evaluation.text_metrics import METRICS
+
     return tuple(METRICS)
 
 

@@ -6,13 +6,17 @@ n-grams only where shorter ones match, rapidfuzz for the longest common subseque
 """
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 
 from rapidfuzz.distance import LCSseq
-from rouge_chinese import Rouge
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # its source warns when Python first compiles it
+    from rouge_chinese import Rouge
 
 from medasst_tools.evaluation.word_segmenter import spaced_words
 

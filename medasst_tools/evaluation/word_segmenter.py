@@ -7,11 +7,15 @@ dictionary and on real, random and odd text.
 """
 
 import re
+import warnings
 from functools import lru_cache
 
-import jieba
 import rjieba
-from jieba import finalseg
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # its source warns when Python first compiles it
+    import jieba
+    from jieba import finalseg
 
 REMEMBERED = 50_000  # runs of single characters; answers share many
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
+from medasst_tools.evaluation.score import metric_names
+
 CHINESE_FONTS = (
     "Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
     "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Heiti SC", "Arial Unicode MS",
@@ -90,9 +91,9 @@ def _save(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _errors(rows: list[tuple[float, list[float]]]) -> list[list[float]]:
-    """Return matplotlib's [below, above] of (mean, [low, high]) rows."""
-    return [[abs(mean - interval[side]) for mean, interval in rows] for side in (0, 1)]
+def _errors(rows: list[tuple[float, list[float] | None]]) -> list[list[float]]:
+    """Return matplotlib's [below, above] of (mean, [low, high]) rows; no line where there is no interval."""
+    return [[abs(mean - interval[side]) if interval else 0.0 for mean, interval in rows] for side in (0, 1)]
 
 
 def _scores_by_metric(scores: dict[str, dict[str, Any]], say: Say):
@@ -100,15 +101,15 @@ def _scores_by_metric(scores: dict[str, dict[str, Any]], say: Say):
     if not scores:
         return None
     figure, (axes,) = _axes()
-    width = 0.8 / len(scores)
+    metrics, width = metric_names(), 0.8 / len(scores)
     for place, (name, row) in enumerate(scores.items()):
-        positions = [group + (place - (len(scores) - 1) / 2) * width for group in range(len(METRICS))]
+        positions = [group + (place - (len(scores) - 1) / 2) * width for group in range(len(metrics))]
         bars = axes.bar(
-            positions, [row[metric] for metric in METRICS], width * 0.92, color=f"C{place}", capsize=3,
-            yerr=_errors([(row[metric], row["ci95"][metric]) for metric in METRICS]), label=f"{name} (n={row['n']:,})",
+            positions, [row[metric] for metric in metrics], width * 0.92, color=f"C{place}", capsize=3,
+            yerr=_errors([(row[metric], row["ci95"][metric]) for metric in metrics]), label=f"{name} (n={row['n']:,})",
         )  # fmt: skip
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-    axes.set_xticks(range(len(METRICS)), [metric.upper() for metric in METRICS])
+    axes.set_xticks(range(len(metrics)), [metric.upper() for metric in metrics])
     axes.set_ylabel(say("score, percent (lines: 95 % interval)", "得分，百分比（线段：95% 置信区间）"))
     axes.legend(frameon=False)
     return figure
@@ -120,9 +121,10 @@ def _scores_by_dataset(scores: dict[str, dict[str, Any]], say: Say):
     if not scores:
         return None
     datasets = list(dict.fromkeys(dataset for row in scores.values() for dataset in row))
-    figure, panels = _axes(len(METRICS), (12, 0.9 + 0.35 * len(datasets) * (1 + len(scores)) / 2))
+    metrics = metric_names()
+    figure, panels = _axes(len(metrics), (12, 0.9 + 0.35 * len(datasets) * (1 + len(scores)) / 2))
     width = 0.8 / len(scores)
-    for metric, axes in zip(METRICS, panels, strict=True):
+    for metric, axes in zip(metrics, panels, strict=True):
         for place, (name, row) in enumerate(scores.items()):
             there = [dataset for dataset in datasets if dataset in row]
             axes.barh(
@@ -166,7 +168,7 @@ def _exams_by_subject(exams: dict[str, dict[str, Any]], subjects: dict[str, str]
 
 def _calibration(exams: dict[str, list[dict[str, Any]]], say: Say):
     """Return the share of right answers over the model's probability of its answer; the diagonal is calibrated."""
-    from medasst_tools.evaluation.exam import calibration_bins
+    from medasst_tools.evaluation.statistics import calibration_bins
 
     if not exams:
         return None

@@ -1,0 +1,208 @@
+"""Put everything in results/ beside the paper's tables.
+
+Run: `medasst report [EXPERIMENT...]`; it writes results/report.md, report_zh.md, report.html (both in one file that opens
+offline) and results/figures/.
+
+Every number is read from a file that a step wrote, or from dataset_info/paper.yaml; what isn't there is "not run", and
+what no longer belongs to the model, data or answers that are there is "stale", with the command that renews it.
+"""
+
+import argparse
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+from medasst_tools import provenance
+from medasst_tools.config import load, read_yaml
+from medasst_tools.errors import UserError
+from medasst_tools.evaluation import statistics
+from medasst_tools.evaluation.compare import compare_folders, verdict
+from medasst_tools.evaluation.text_metrics import PRIMARY
+from medasst_tools.files import PROJECT_ROOT, write_json, write_text
+from medasst_tools.machine import hardware
+from medasst_tools.report import tables
+from medasst_tools.report.figures import draw_all
+from medasst_tools.report.results import read_experiment
+
+PAPER = PROJECT_ROOT / "dataset_info" / "paper.yaml"
+EXAM_PROTOCOL = PROJECT_ROOT / "dataset_info" / "exams.yaml"
+PACKAGES = ("llamafactory", "torch", "transformers", "peft", "datasets", "medasst-tools")
+RECORD = "report.json"
+PAGES = {"en": "report.md", "zh": "report_zh.md"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument(
+        "experiments", nargs="*", metavar="EXPERIMENT", help="default: every folder in the results folder"
+    )
+    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="where the steps wrote (results)")
+    parser.add_argument("--saves-dir", type=Path, default=Path("saves"), help="where training wrote (saves)")
+    parser.add_argument(
+        "--configs-dir", type=Path, default=Path("factory_configs"), help="rendered configs (factory_configs)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the report."""
+    present = sorted(path.name for path in args.results_dir.glob("*/") if path.name != "figures")
+    names = args.experiments or present
+    if unknown := [name for name in names if not (args.configs_dir / name).is_dir() and name not in present]:
+        raise UserError(f"no experiment {unknown[0]!r} in {args.configs_dir} or {args.results_dir}")
+    about = made_of(names, args)
+    if provenance.up_to_date(args.results_dir / RECORD, about):
+        return
+    paper, protocol = read_yaml(PAPER), read_yaml(EXAM_PROTOCOL)
+    results = {name: read_experiment(name, args.results_dir, args.saves_dir, args.configs_dir) for name in names}
+    comparisons = compare_with_bases(results, args.results_dir)
+    subjects = {
+        f"{benchmark}/{subject}": entry["name"]
+        for benchmark, facts in protocol["benchmarks"].items()
+        for subject, entry in facts["subjects"].items()
+    }
+    pages = {}
+    for lang, file in PAGES.items():
+        titles = {name: result["shown"] for name, result in results.items()}
+        figures = draw_all(results, titles, subjects, args.results_dir / "figures" / lang, lang)
+        shown = {name: path.relative_to(args.results_dir).as_posix() for name, path in figures.items()}
+        pages[lang] = render_markdown(paper, results, comparisons, shown, lang)
+        write_text(args.results_dir / file, pages[lang])
+    write_text(args.results_dir / "report.html", render_html(pages, args.results_dir))
+    pages_written = [args.results_dir / name for name in (*PAGES.values(), "report.html")]
+    write_json(args.results_dir / RECORD, provenance.record(args.results_dir / RECORD, about, pages_written))
+    for name, result in results.items():
+        for kind, reason in result["stale"].items():
+            print(f"stale: {name}, {kind}: {reason}")
+    print(f"{args.results_dir}/report.md, report_zh.md, report.html: {', '.join(names) or 'no experiment run yet'}")
+
+
+def made_of(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the report depends on: every file that a step wrote of these experiments, their configs, the templates."""
+    patterns = [(args.results_dir, "{}/*.json*"), (args.saves_dir, "{}/*.json*"), (args.configs_dir, "{}/*.yaml")]
+    files = [path for folder, pattern in patterns for name in names for path in folder.glob(pattern.format(name))]
+    data = {load(path, kind="predict")["dataset_dir"] for path in files if path.name == "predict.yaml"}
+    files += [path for folder in data for path in Path(folder).glob("*.json")]
+    files += [PAPER, EXAM_PROTOCOL, *(PROJECT_ROOT / "templates").glob("report*")]
+    code = {"medasst": provenance.code_sha256("report", "evaluation", "provenance.py"), "commit": hardware.commit()}
+    return provenance.made_of(
+        {"experiments": names}, {str(path): provenance.sha256_of(path) for path in files}, versions=code
+    )
+
+
+def compare_with_bases(results: dict[str, dict[str, Any]], results_dir: Path) -> list[dict[str, Any]]:
+    """Compare each tuned experiment with the untuned one of the same base model, where both have run and nothing is stale."""
+    comparisons = []
+    for tuned, result in results.items():
+        for base, other in results.items():
+            if result["base"][1] and other["base"] == (result["base"][0], False):
+                stale = [name for name in (tuned, base) if results[name]["stale"]]
+                outcome: dict[str, Any] = {"error": f"{stale[0]}: stale, see above"} if stale else {}
+                try:
+                    outcome = outcome or compare_folders(results_dir / tuned, results_dir / base)
+                except UserError as error:
+                    outcome = {"error": str(error)}
+                comparisons.append({"a": result["shown"], "b": other["shown"]} | outcome)
+    return comparisons
+
+
+def summary(results: dict[str, dict[str, Any]], comparisons: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the report's first lines as (English, Chinese): what ran, what is stale, what the primary score says."""
+    ran = [result["shown"] for result in results.values() if result["scores"] or result["exam"]]
+    stale = [name for name, result in results.items() if result["stale"]]
+    lines = [(f"Run: {', '.join(ran) or 'nothing yet'}.", f"已运行：{'、'.join(ran) or '尚无'}。")]
+    if stale:
+        lines.append((f"Stale, not shown: {', '.join(stale)}.", f"已过期、不显示：{'、'.join(stale)}。"))
+    for outcome in comparisons:
+        if row := outcome.get("dialogues", {}).get("metrics", {}).get(PRIMARY):
+            winner = outcome.get(verdict(row))
+            said = f"{PRIMARY.upper()} {row['difference']:+.2f}, p {row['p']:.4f}, n {outcome['dialogues']['n']:,}"
+            lines.append((
+                f"{outcome['a']} against {outcome['b']}: {said}; " + (f"{winner} is better." if winner else "no difference shown."),
+                f"{outcome['a']} 对 {outcome['b']}：{said}；" + (f"{winner} 较好。" if winner else "未见差异。"),
+            ))  # fmt: skip
+    return lines
+
+
+def paper_power(paper: dict[str, Any]) -> dict[str, Any]:
+    """Return what the paper's own exam differences, MedAsst against Qwen2-7B, can show whatever the pairing."""
+    tuned, base = paper["models"]["MedAsst"], paper["models"]["Qwen2-7B"]
+    rows = {}
+    for exam, n in paper["exam_questions"].items():
+        more = round(tuned[exam] * n / 100) - round(base[exam] * n / 100)
+        rows[exam] = {
+            "n": n,
+            "more": more,
+            "least_p": statistics.mcnemar(more, 0),
+            "discordant": statistics.most_discordant(more),
+        }
+    return rows
+
+
+def render_markdown(paper, results, comparisons, figures: dict[str, str], lang: str) -> str:
+    """Return the page as Markdown."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PROJECT_ROOT / "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"cell": tables.cell, "thousands": "{:,}".format, "brief": provenance.brief}
+    exam_columns, dialogue_columns = tables.EXAM_COLUMNS, tables.dialogue_columns()
+    table_2, not_examined = tables.score_rows(paper, results, "exam", exam_columns, lang)
+    table_3, not_scored = tables.score_rows(paper, results, "scores", dialogue_columns, lang)
+    return environment.get_template("report.md.j2").render(
+        paper=paper,
+        lang=lang,
+        say=lambda english, chinese: chinese if lang == "zh" else english,
+        not_run=tables.NOT_RUN[lang],
+        summary=[line[lang == "zh"] for line in summary(results, comparisons)],
+        table_1=tables.count_rows(paper, results, lang),
+        exam_header=tables.header(exam_columns, lang),
+        table_2=table_2,
+        not_examined=not_examined,
+        dialogue_header=tables.header(dialogue_columns, lang),
+        table_3=table_3,
+        not_scored=not_scored,
+        results=results,
+        comparisons=comparisons,
+        verdict=verdict,
+        paper_power=paper_power(paper),
+        primary=PRIMARY,
+        metrics=[key for _, key in dialogue_columns],
+        figures=figures,
+        versions=provenance.package_versions(*PACKAGES),
+        commit=hardware.commit(),
+    )
+
+
+def render_html(pages: dict[str, str], folder: Path) -> str:
+    """Return the Markdown pages as one HTML file with a switch: style and figures inside, nothing fetched, no script."""
+    import jinja2
+    from markdown_it import MarkdownIt
+
+    def inline(image: re.Match) -> str:
+        data = base64.b64encode((folder / image[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"'
+
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    bodies = {
+        lang: re.sub(r'src="(figures/[a-z0-9_/]+\.png)"', inline, _folded(reader.render(page)))
+        for lang, page in pages.items()
+    }
+    template = (PROJECT_ROOT / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    title = re.search(r"^# (.*)$", pages["en"], re.MULTILINE)[1]
+    return jinja2.Template(template, undefined=jinja2.StrictUndefined).render(title=title, bodies=bodies)
+
+
+def _folded(body: str) -> str:
+    """Fold what stands between the marks [fold: title] and [end]: raw HTML in Markdown is left off on purpose."""
+    return re.sub(
+        r"<p>\[fold: (.*?)\]</p>(.*?)<p>\[end\]</p>",
+        r"<details><summary>\1</summary>\2</details>",
+        body,
+        flags=re.DOTALL,
+    )
