@@ -48,7 +48,7 @@ ifeq ($(filter $(BACKEND),llamafactory api),)
   $(error BACKEND is '$(BACKEND)', must be llamafactory or api)
 endif
 # ARGS and RESTART=1 are EXPERIMENT's: what it stands on, or is compared with, is trained anew only if it must be
-again = $(MAKE) $(1) EXPERIMENT=$(2) $(if $(filter $(EXPERIMENT),$(2)),,ARGS= RESTART=$(if $(RESTART),if-other)) &&
+again = $(MAKE) $(1) EXPERIMENT=$(2) READY=$(DATA) $(if $(filter $(EXPERIMENT),$(2)),,ARGS= RESTART=$(if $(RESTART),if-other)) &&
 
 .PHONY: help setup constraints download data audit configs train predict exam score report eval evaluate bases model \
   chat chat-cli api export safety doctor test test-slow lint format screenshot \
@@ -58,6 +58,7 @@ help: ## list the targets
 	@echo "  EXPERIMENT=$(EXPERIMENT), RAW=$(RAW), EXAMS=$(EXAMS), ARGS=key=value..., RESTART=1"
 
 # ---- environment, data, configs
+ifeq ($(READY),)
 setup: ## install everything, pinned, into .venv (EXTRAS=gpu,qlora,distributed)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: PYTHON is '$(PYTHON)', must be Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt uv; }

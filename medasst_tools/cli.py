@@ -20,6 +20,10 @@ VERBS = {
         "medasst_tools.data.convert",
         "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for",
     ),
+    "add-corpus": (
+        "medasst_tools.data.add_corpus",
+        "a corpus of one's own into dataset_info/own.yaml, shown before it is converted",
+    ),
     "audit": (
         "medasst_tools.data.audit",
         "duplicates, test questions in training, lengths, personal data of converted data",

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from medasst_tools.errors import UserError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what a file is that Git LFS hasn't fetched
 PROJECT_ROOT = Path(__file__).resolve().parent.parent  # dataset_info/, templates/ and factory_configs/ lie there
 
 

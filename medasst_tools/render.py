@@ -7,7 +7,6 @@ because it would silently do nothing; LLaMA-Factory's parser refuses the setting
 """
 
 import argparse
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from medasst_tools import config as configs
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import PROJECT_ROOT, write_text
 
@@ -26,8 +26,8 @@ KINDS = {  # finetuning: the configs that such an experiment has
     "full": ("train", "predict", "chat"),
     "none": ("predict", "chat"),
 }
-# launch: environment variables in front of the command; tokenize_once: a tokenize.yaml before train.yaml
-PLAIN_KEYS = {"purpose", "finetuning", "dataset_dir", "train_dataset_dir", "huggingface_id", "launch", "tokenize_once"}
+# launch: environment variables in front of the command
+PLAIN_KEYS = {"purpose", "finetuning", "dataset_dir", "train_dataset_dir", "huggingface_id", "launch"}
 SECTIONS = {
     "model",
     "quantization",
@@ -40,8 +40,6 @@ SECTIONS = {
     "chat",
     "export",
 }
-# how data is read, not what it is: no reason to tokenise again
-NO_PART_OF_TOKENS = {"preprocessing_num_workers"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +79,9 @@ def render_all(experiments_yaml: Path) -> dict[Path, str]:
     for name in source["experiments"]:
         try:
             experiment = resolve(source, name)
-            rendered |= {Path(name, f"{kind}.yaml"): text for kind, text in render_experiment(name, experiment)}
+            texts = dict(render_experiment(name, experiment))
+            problems += [f"{name}: {problem}" for problem in dict.fromkeys(faults_of(texts))]
+            rendered |= {Path(name, f"{kind}.yaml"): text for kind, text in texts.items()}
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -89,14 +89,16 @@ def render_all(experiments_yaml: Path) -> dict[Path, str]:
     return rendered
 
 
+def faults_of(texts: dict[str, str]) -> Iterator[str]:
+    """Yield what LLaMA-Factory wouldn't take of rendered configs, and warn of a template that isn't the base's family's."""
+    for text in texts.values():
+        config = yaml.safe_load(text)
+        yield from configs.faults(config)
+
+
 def load_experiments(path: Path) -> dict[str, Any]:
     """Return experiments.yaml: {"system_prompt": {"version", "text"}, "experiments": {name: {...}}}; UserError if it isn't that."""
-    try:
-        source = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no {path}; run this in the project's folder or give --configs-dir") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    source = configs.read_yaml(path)
     if not isinstance(source, dict) or set(source) != {"system_prompt", "experiments"}:
         got = sorted(source) if isinstance(source, dict) else type(source).__name__
         raise UserError(f"{path} must have just the keys system_prompt and experiments, got {got}")
@@ -159,27 +161,11 @@ def render_experiment(name: str, experiment: dict[str, Any]) -> Iterator[tuple[s
         keep_trailing_newline=True,
     )
     environment.filters["settings"] = settings_lines
-    kinds = KINDS[experiment["finetuning"]]
-    if experiment.get("tokenize_once") and "train" in kinds:
-        kinds = ("tokenize", *kinds)
-        experiment = experiment | {"tokenized_path": tokenized_path(experiment)}
-    for kind in kinds:
+    for kind in KINDS[experiment["finetuning"]]:
         try:
             yield kind, environment.get_template(f"{kind}.yaml.j2").render(name=name, **experiment)
         except jinja2.UndefinedError as error:
             raise UserError(f"{name}: templates/{kind}.yaml.j2: {error.message}") from None
-
-
-def tokenized_path(experiment: dict[str, Any]) -> str:
-    """Return the folder for the training set in tokens: another one for every other tokenizer, template or cutoff.
-
-    LLaMA-Factory takes whatever lies there and ignores the settings of the run, so the path depends on them. Experiments
-    that tokenise alike share it.
-    """
-    sections = experiment["model"] | experiment["dialogue"] | experiment["dataset"]
-    values = {key: value for key, (value, _) in sections.items() if key not in NO_PART_OF_TOKENS}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-    return f"{experiment['dataset_dir']}/tokenized/{digest[:12]}"
 
 
 def settings_lines(section: dict[str, Any], indent: str = "") -> str:

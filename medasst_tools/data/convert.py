@@ -1,146 +1,138 @@
 """Turn the raw corpora into a LLaMA-Factory dataset_dir in which every record is accounted for.
 
-Run: `medasst convert --raw-dir data/raw --out-dir data/full [--workers 2]`; it reads `RAW/<corpus>/<file as its hub names it>`.
+Run: `medasst convert --raw-dir data/raw --out-dir data/full`; it reads `RAW/<corpus>/<file as its hub names it>`.
 
-One raw record gives one Alpaca record, in order. What can't be used is in `rejected/`, and for each dataset
-read = kept + skipped + rejected. New files are made in a folder of their own and moved to their places at the end,
-`manifest.json` last: a killed or failed run leaves what was there, and one that was killed while it moved them is finished
-by the next.
+Records keep their order. What can't be used is in `rejected/`, and for each dataset read = kept + skipped + rejected. New
+files are made in a folder of their own and moved to their places at the end, `manifest.json` last: a killed or failed run
+leaves what was there, and one that was killed while it moved them is finished by the next.
 """
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import json
+import os
+import re
 import shutil
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import orjson
 
+from medasst_tools import provenance
 from medasst_tools.data.decontamination import QuestionIndex, read_questions
-from medasst_tools.data.filters import DUPLICATE, Cleaning, Dropper, prepare
-from medasst_tools.data.layouts import LAYOUTS, Skipped, Trimmed
-from medasst_tools.data.raw_files import (
-    MAX_RECORD_BYTES,
-    SPAN_BYTES,
-    Block,
-    Span,
-    lines_before,
-    open_raw,
-    read_blocks,
-    read_span,
-    spans_of,
-)
-from medasst_tools.data.registry import RULES, Dataset, is_test, load_datasets
+from medasst_tools.data.filters import Cleaner
+from medasst_tools.data.layouts import ODD_TAIL, NotKept, likely_layout, read_value
+from medasst_tools.data.raw_files import CHINESE, UTF8, NotOneJson, Raw, Unreadable, is_chinese_encoding, read_records
+from medasst_tools.data.registry import Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import only_one_run, sha256_of, write_json
+from medasst_tools.files import locked, read_json, sha256_of, write_json
 
 STAGING = ".converting"
-OVERLONG_KEPT_BYTES = 4096  # of a record over MAX_RECORD_BYTES, for rejected/
 # LLaMA-Factory's loader takes a column's type from the first 10 MiB: a dataset whose histories are all empty there fails
 # to load when a later one isn't.
 TYPED_BYTES = 8 << 20
-NO_CLEANING = Cleaning()
-PIECES_AHEAD = 8  # of a raw file given to the workers, so that they don't wait for each other
-Piece = Span | list[Block]
-COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
+COLUMNS = {"instruction": "prompt", "input": "query", "output": "response", "history": "history", "system": "system"}
+CONTROL = re.compile(rb"<\|[A-Za-z_]{2,30}\|>|</?(?:start_of_turn|end_of_turn|s)>|\[/?INST\]")
+WORTH_A_POOL = 4 << 20  # bytes of raw files: less is converted before processes have started
+LOOKED_AT = 1000  # records from which a file's true layout is guessed
 
 
-class BlockResult(NamedTuple):
-    """What a block of raw records gave; first_history is the place of the first record with history in `output`.
+class Options(NamedTuple):
+    """What of the command line changes a conversion's outcome."""
 
-    keys: with --drop-duplicates of each kept record, else empty. masked: pieces of personal data by kind.
-    """
+    drop_overlap: bool = False
+    drop_duplicates: bool = False
+    mask_personal_data: bool = False
+    strict: bool = False
+    encoding: str | None = None
 
-    output: bytes
-    read: int
-    kept: int
-    trimmed: int
-    skipped: Counter
-    rejected: list[tuple[int, str, bytes]]
-    first_history: slice | None
-    keys: list[int]
-    masked: Counter
+    def variant(self) -> list[str]:
+        """Return the names of the options that differ from the paper's data."""
+        named = self._asdict() | {"encoding": False}
+        return [name.replace("_", "-") for name, asked in named.items() if asked]
+
+
+class Counts:
+    """What became of one dataset's records."""
+
+    def __init__(self) -> None:
+        """Nothing was read yet."""
+        self.read = self.kept = self.odd_tails = self.control_tokens = 0
+        self.skipped, self.rejected, self.masked = Counter(), Counter(), Counter()
+        self.columns: list[str] = []
+        self.first_history: slice | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument(
-        "datasets",
-        nargs="*",
-        metavar="DATASET",
-        help="as in dataset_info/corpora.yaml; default: all whose raw file is there",
-    )
+    parser.add_argument("datasets", nargs="*", metavar="DATASET", help="as in dataset_info/corpora.yaml and own.yaml; default: all whose raw file is there")  # fmt: skip
     parser.add_argument("--raw-dir", type=Path, required=True, help="holds <corpus>/<file as its hub names it>")
     parser.add_argument("--out-dir", type=Path, required=True, help="the LLaMA-Factory dataset_dir to write")
+    parser.add_argument("--max-rejects", type=float, default=0.01, metavar="SHARE", help="exit 1 if more of a dataset was rejected, and leave all as it was (0.01)")  # fmt: skip
     parser.add_argument(
-        "--max-rejects",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="exit 1 if more of a dataset was rejected (0.01)",
+        "--workers", type=int, default=min(4, os.cpu_count() or 1), help="datasets converted side by side"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes; the output is the same with any number (1)")
+    parser.add_argument("--encoding", help="of the raw files, if they are neither UTF-8 nor GB18030")
+    parser.add_argument("--drop-overlap", action="store_true", help="decontamination: leave out training records whose question a test set has, or nearly")  # fmt: skip
+    parser.add_argument("--drop-duplicates", action="store_true", help="deduplication: leave out training records that an earlier one says already")  # fmt: skip
+    parser.add_argument("--mask-personal-data", action="store_true", help="PII: mask phone and ID numbers, e-mail, WeChat, QQ, web addresses")  # fmt: skip
     parser.add_argument(
-        "--drop-overlap",
-        action="store_true",
-        help="leave out training records whose question a test set has, or nearly",
-    )
-    parser.add_argument(
-        "--drop-duplicates", action="store_true", help="leave out training records that an earlier one says already"
-    )
-    parser.add_argument(
-        "--mask-personal-data",
-        action="store_true",
-        help="mask phone and ID numbers, e-mail, WeChat, QQ, web addresses",
+        "--strict", action="store_true", help="reject records with a chat template's marks, like <|im_end|>"
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert the datasets asked for and write the manifest."""
+    check_options(args)
+    if (args.out_dir / "dataset_info.json").is_file() and not (args.out_dir / "manifest.json").is_file():
+        print(
+            f"{args.out_dir} is your own (a dataset_info.json and no manifest.json) and is used as it is; nothing converted"
+        )
+        return
+    options = Options(args.drop_overlap, args.drop_duplicates, args.mask_personal_data, args.strict, args.encoding)
+    sources = choose_sources(args.datasets, args.raw_dir)
+    before = (read_json(args.out_dir / "manifest.json") or {"datasets": {}})[
+        "datasets"
+    ]  # damaged: said before the work
+    about = {dataset.name: made_of(dataset, sources, options) for dataset in sources}
+    changed = {name: why for name in about if (why := what_differs(args.out_dir, before.get(name), about[name]))}
+    if not changed:
+        print(f"{args.out_dir}: up to date")
+        return
+    todo = sources if options.variant() else {one: path for one, path in sources.items() if one.name in changed}
+    busy = f"another run is writing {args.out_dir}; wait for it or give another --out-dir"
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    with locked(args.out_dir / ".lock", busy), staging_in(args.out_dir) as staging:
+        entries = {}
+        for name, entry in convert_all(todo, staging, args.out_dir, options, args.workers):
+            entries[name] = entry | {"made_of": about[name]}
+            print(summary(name, entry), flush=True)
+        check_rejects(entries, todo, staging, args)
+        publish(staging, args.out_dir, before | entries)
+    for name in before.keys() - about.keys() if not args.datasets else ():
+        print(f"{name}: no raw file in {args.raw_dir} any more; its converted file stays")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UserError for an option that can't be."""
     if not 0 <= args.max_rejects <= 1:
         raise UserError(f"--max-rejects is {args.max_rejects}, must be a share between 0 and 1")
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}, must be 1 or more")
-    sources = choose_sources(args.datasets, args.raw_dir)
-    for path in sources.values():
-        with open_raw(path):
-            pass  # an unusable file is named before any work is done
-    with _locked(args.out_dir) as staging:
-        entries = convert_all(sources, staging, args)
-        publish(staging, args.out_dir, entries, keep_others=bool(args.datasets))
-    if failed := [name for name, entry in entries.items() if _rejected_share(entry) > args.max_rejects]:
-        shares = ", ".join(f"{name} {_rejected_share(entries[name]):.2%}" for name in failed)
-        raise CheckFailed(
-            f"more than {args.max_rejects:.2%} rejected: {shares}; see {args.out_dir}/rejected/, or allow it with --max-rejects"
-        )
-
-
-def convert_all(sources: dict[Dataset, Path], staging: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Convert every source into the staging folder; test sets first, because --drop-overlap needs them."""
-    cleaning = Cleaning(args.drop_duplicates, args.mask_personal_data)
-    dropper, entries = Dropper(), {}
-    for dataset in sorted(sources, key=lambda dataset: not is_test(dataset.name)):  # stable: else the registry's order
-        if args.drop_overlap and not is_test(dataset.name) and cleaning.index is None:
-            cleaning = cleaning._replace(index=test_index(staging, args.out_dir))
-        # a test set stays as it was published, but for masks
-        asked = cleaning if not is_test(dataset.name) else Cleaning(mask_personal_data=args.mask_personal_data)
-        entries[dataset.name] = convert_dataset(dataset, sources[dataset], staging, args.workers, asked, dropper)
-        print(summary(dataset.name, entries[dataset.name]), flush=True)
-    return entries
-
-
-def test_index(*folders: Path) -> QuestionIndex:
-    """Return the index of the test sets in these folders, the first that has one counts; UserError if none has any."""
-    files = {path.stem: path for folder in reversed(folders) for path in folder.glob("*_test.jsonl")}
-    if not files:
-        raise UserError(f"--drop-overlap needs test sets, and none is among the raw files or in {folders[-1]}")
-    return QuestionIndex({name: read_questions(path) for name, path in files.items()})
+    if args.encoding:
+        try:
+            "".encode(args.encoding)
+        except LookupError:
+            raise UserError(
+                f"--encoding is {args.encoding!r}, which Python doesn't know; utf-8 or gb18030, say"
+            ) from None
 
 
 def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
@@ -148,19 +140,24 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
     known = load_datasets()
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"no dataset {unknown[0]!r}; there are {', '.join(known)}")
-    if not raw_dir.is_dir():
+    if not raw_dir.is_dir() and not any(Path(file).is_absolute() for one in known.values() for file in one.files):
+        first = next(iter(known.values()))
         raise UserError(
             f"no raw folder {raw_dir}: `medasst download` fetches it; it must hold <corpus>/<file>, "
-            f"for example {raw_dir}/{_first_place(known)}"
+            f"for example {raw_dir}/{first.corpus.name}/{first.files[0]}"
         )
     chosen, missing = {}, []
-    for dataset in [known[name] for name in dict.fromkeys(names)] or known.values():
+    for dataset in [known[name] for name in dict.fromkeys(names)] or (
+        one for one in known.values() if not one.optional
+    ):
         places = [raw_dir / dataset.corpus.name / file for file in dataset.files]
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            missing.append(f"{dataset.name} needs {' or '.join(map(str, places))}, from {dataset.corpus.homepage}")
-        else:
+        path = next((place for place in places if place.exists()), None)
+        if path is not None:
             chosen[dataset] = path
+            continue
+        missing.append(f"{dataset.name} needs {' or '.join(map(str, places))}{_where_from(dataset)}")
+        if like := _misnamed(raw_dir / dataset.corpus.name, dataset.files, known):
+            print(f"warning: {like} isn't read: {missing[-1]}; rename it?")
     if names and missing:
         raise UserError(
             f"no raw file: {'; '.join(missing)}; `medasst download {' '.join(names)}` fetches what hubs have"
@@ -170,233 +167,211 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
     return chosen
 
 
-def _first_place(known: dict[str, Dataset]) -> str:
-    dataset = next(iter(known.values()))
-    return f"{dataset.corpus.name}/{dataset.files[0]}"
+def _where_from(dataset: Dataset) -> str:
+    return f", from {dataset.corpus.homepage}" if dataset.corpus.homepage else ""
 
 
-@contextlib.contextmanager
-def _locked(out_dir: Path) -> Iterator[Path]:
-    """Yield an empty folder in out_dir for the new files; it goes at the end, however that comes. One run at a time."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    staging = out_dir / STAGING
-    busy = f"another run is writing {out_dir}; wait for it or give another --out-dir"
-    with only_one_run(out_dir / ".lock", busy):
-        finish(staging, out_dir)
-        shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
-        (staging / "rejected").mkdir(parents=True)
-        try:
-            yield staging
-        finally:
-            if not (staging / "manifest.json").exists():
-                shutil.rmtree(staging, ignore_errors=True)
+def _misnamed(folder: Path, files: list[str], known: dict[str, Dataset]) -> Path | None:
+    """Return a file in a corpus's folder that is named nearly as one of `files` and belongs to no dataset."""
+    expected = {file for dataset in known.values() for file in dataset.files}
+    there = [path.name for path in folder.glob("*") if path.name not in expected] if folder.is_dir() else []
+    found = [name for file in files for name in difflib.get_close_matches(file, there, 1, cutoff=0.8)]
+    return folder / found[0] if found else None
 
 
-def convert_dataset(
-    dataset: Dataset,
-    path: Path,
-    folder: Path,
-    workers: int,
-    cleaning: Cleaning = NO_CLEANING,
-    dropper: Dropper | None = None,
-) -> dict[str, Any]:
-    """Convert one raw file to `folder/<name>.jsonl` and `folder/rejected/<name>.jsonl`; return its manifest entry."""
-    output = folder / f"{dataset.name}.jsonl"
-    read = kept = trimmed = 0
-    skipped, rejected, masked = Counter(), Counter(), Counter()
-    first_history, digest = None, hashlib.sha256()
-    with (
-        _pool(workers, cleaning) as pool,
-        output.open("wb") as out,
-        (folder / "rejected" / output.name).open("wb") as bad,
-    ):
-        source_sha256 = pool.submit(sha256_of, path)
-        for result in _results(dataset, path, folder, pool):
-            if result.keys:
-                result = without_copies(result, dropper)
-            if result.first_history and first_history is None:
-                place = out.tell()
-                first_history = slice(place + result.first_history.start, place + result.first_history.stop)
-            out.write(result.output)
-            digest.update(result.output)
-            for line, reason, raw in result.rejected:
-                bad.write(_rejected_line(line, reason, raw))
-            read, kept, trimmed = read + result.read, kept + result.kept, trimmed + result.trimmed
-            skipped.update(result.skipped)
-            masked.update(result.masked)
-            rejected.update(reason for _, reason, _ in result.rejected)
-    moved = first_history is not None and first_history.start > TYPED_BYTES
-    if moved:
-        _move_to_top(output, first_history)
-    entry = {"read": read, "kept": kept, "skipped": dict(skipped), "rejected": dict(rejected)}
-    entry |= {"sha256": sha256_of(output) if moved else digest.hexdigest(), "bytes": output.stat().st_size}
-    entry |= {"paper": dataset.paper, "published": dataset.published}
-    entry["difference_from_paper"] = None if dataset.paper is None else kept - dataset.paper
-    entry |= {
-        "rules": {rule: RULES[rule] for rule in dataset.corpus.rules},
-        "odd_tails": trimmed,
-        "first_history_moved_to_top": moved,
+# ---- the ledger -----------------------------------------------------------------------------------------------------
+def made_of(dataset: Dataset, sources: dict[Dataset, Path], options: Options) -> dict[str, Any]:
+    """Return what a dataset depends on: its raw file, how that is read, the variant, and with it the others' raw files."""
+    mine = {dataset: sources[dataset]}
+    files = {_short(one, path): _source_sha256(path) for one, path in (sources if options.variant() else mine).items()}
+    how = {
+        "layout": dataset.layout,
+        "columns": dataset.corpus.columns,
+        "share": dataset.share,
+        "variant": options.variant(),
     }
-    entry["variant"] = cleaning.names()
-    if cleaning.mask_personal_data:
-        entry["masked"] = dict(masked)
-    entry["source"] = {"file": f"{dataset.corpus.name}/{path.name}", "sha256": source_sha256.result()}
-    return entry
+    settings = {key: value for key, value in how.items() if value} | {
+        "encoding": options.encoding or dataset.corpus.encoding or "by content"
+    }
+    return provenance.made_of(settings, files, versions={"medasst data": provenance.code_sha256("data")})
 
 
-def without_copies(result: BlockResult, dropper: Dropper) -> BlockResult:
-    """Return the block without the records that were kept before, which are skipped."""
-    output, first_history, copies = [], None, 0
-    for line, record_key in zip(result.output.splitlines(keepends=True), result.keys, strict=True):
-        if dropper.is_copy(record_key):
-            copies += 1
-            continue
-        if first_history is None and result.first_history and orjson.loads(line)["history"]:
-            start = sum(map(len, output))
-            first_history = slice(start, start + len(line))
-        output.append(line)
-    skipped = result.skipped + Counter({DUPLICATE: copies})
-    return result._replace(output=b"".join(output), kept=len(output), skipped=skipped, first_history=first_history)
+def _short(dataset: Dataset, path: Path) -> str:
+    return f"{dataset.corpus.name}/{path.name}"
 
 
-def _pool(workers: int, cleaning: Cleaning) -> Executor:
-    """Return what else works beside this process: a thread that hashes the raw file, or processes that also convert."""
-    if workers == 1:
-        _set_cleaning(cleaning)
-        return ThreadPoolExecutor(1)
-    return ProcessPoolExecutor(workers, initializer=_set_cleaning, initargs=(cleaning,))
+def _source_sha256(path: Path) -> str:
+    if path.is_file():
+        return sha256_of(path)
+    return provenance.short([[file.name, sha256_of(file)] for file in sorted(path.iterdir()) if file.is_file()])
 
 
-def _results(dataset: Dataset, path: Path, folder: Path, pool: Executor) -> Iterator[BlockResult]:
-    """Yield what each piece of the raw file gave, in order, with a progress bar in bytes of the raw file."""
+def what_differs(out_dir: Path, entry: dict[str, Any] | None, about: dict[str, Any]) -> list[str]:
+    """Return why a dataset must be converted; empty if it is there, whole, and made of just this."""
+    path = out_dir / (entry or {}).get("file", "nothing")
+    if entry is None or not path.is_file():
+        return ["it isn't there"]
+    changed = [] if sha256_of(path) == entry["sha256"] else [f"{path} was changed since"]
+    return provenance.differences(entry.get("made_of", {}), about) + changed
+
+
+# ---- converting -----------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def staging_in(out_dir: Path) -> Iterator[Path]:
+    """Yield an empty folder in out_dir for the new files; it goes at the end, however that comes."""
+    staging = out_dir / STAGING
+    finish(staging, out_dir)
+    shutil.rmtree(staging, ignore_errors=True)  # left by a killed run
+    (staging / "rejected").mkdir(parents=True)
+    try:
+        yield staging
+    finally:
+        if not (staging / "manifest.json").exists():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def convert_all(
+    sources: dict[Dataset, Path], staging: Path, out_dir: Path, options: Options, workers: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (dataset, its manifest entry), converted into the staging folder; test sets first, which decontamination needs."""
+    ordered = sorted(sources, key=lambda dataset: not is_test(dataset.name))  # stable: else the registry's order
+    size = sum(path.stat().st_size for path in sources.values())
+    if workers == 1 or len(sources) == 1 or options.drop_overlap or options.drop_duplicates or size < WORTH_A_POOL:
+        index, seen = None, set()
+        for dataset in ordered:
+            if options.drop_overlap and not is_test(dataset.name) and index is None:
+                index = test_index(staging, out_dir)
+            cleaner = Cleaner.of(options, is_test(dataset.name), index, seen)
+            yield dataset.name, convert_dataset(dataset, sources[dataset], staging, options, cleaner)
+        return
+    with ProcessPoolExecutor(workers) as pool:  # the largest first, so that none is waited for at the end
+        largest = sorted(ordered, key=lambda dataset: -sources[dataset].stat().st_size)
+        jobs = {
+            dataset.name: pool.submit(
+                convert_dataset,
+                dataset,
+                sources[dataset],
+                staging,
+                options,
+                Cleaner.of(options, is_test(dataset.name), None, set()),
+            )
+            for dataset in largest
+        }
+        for dataset in ordered:
+            try:
+                yield dataset.name, jobs[dataset.name].result()
+            except BrokenProcessPool:
+                raise UserError("a worker process was killed (out of memory?); try --workers 1") from None
+
+
+def test_index(staging: Path, out_dir: Path) -> QuestionIndex:
+    """Return the index of the test sets in these folders, the first that has one counts; UserError if none has any."""
+    files = {path.stem: path for folder in (out_dir, staging) for path in folder.glob("*_test.jsonl")}
+    if not files:
+        raise UserError(f"--drop-overlap needs test sets, and none is among the raw files or in {out_dir}")
+    return QuestionIndex({name: read_questions(path) for name, path in files.items()})
+
+
+def convert_dataset(dataset: Dataset, path: Path, folder: Path, options: Options, cleaner: Cleaner) -> dict[str, Any]:
+    """Convert one raw file to `folder/<name>.jsonl` and `folder/rejected/<name>.jsonl`; return its manifest entry.
+
+    A file of which most isn't UTF-8, but which is GB18030 throughout, is read as that.
+    """
+    encoding = options.encoding or dataset.corpus.encoding
+    try:
+        counts = write_dataset(dataset, path, folder, encoding or UTF8, options, cleaner)
+        doubtful = counts.rejected["not UTF-8"] * 2 > counts.kept + counts.rejected.total()
+    except NotOneJson as error:
+        counts, doubtful = None, error.not_utf8
+        if encoding or not doubtful:
+            raise
+    if not encoding and doubtful and path.is_file() and is_chinese_encoding(path):
+        encoding = CHINESE
+        counts = write_dataset(dataset, path, folder, CHINESE, options, cleaner)
+    elif counts is None:
+        raise UserError(f"{path} is neither UTF-8 nor GB18030; give its --encoding")
+    return entry_of(dataset, path, folder, counts, encoding or UTF8, options)
+
+
+def write_dataset(
+    dataset: Dataset, path: Path, folder: Path, encoding: str, options: Options, cleaner: Cleaner
+) -> Counts:
+    """Write the kept and the rejected records; return the counts."""
     from tqdm import tqdm
 
-    tell: list = []
+    counts = Counts()
     with (
-        open_raw(path, tell) as stream,
-        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=dataset.name, disable=None) as bar,
+        (folder / f"{dataset.name}.jsonl").open("wb") as out,
+        (folder / "rejected" / f"{dataset.name}.jsonl").open("wb") as bad,
+        tqdm(desc=dataset.name, unit="record", unit_scale=True, disable=None, leave=False) as bar,
     ):
-        spans = spans_of(path, stream, dataset.corpus.layout)
-        read, lines, counted = 0, 0, None
-        pieces = spans or _grouped(read_blocks(stream, dataset.corpus.layout))
-        for piece, result in _convert_pieces(pieces, dataset, folder, pool):
-            if spans and result.rejected:
-                before = read  # lines are numbered from 1 in each block, and each is a record read
-                if piece.marker:  # an array's from 1 in each span
-                    lines, counted = lines_before(piece, counted, lines), piece
-                    before = lines
-                result = result._replace(rejected=[(before + line, *rest) for line, *rest in result.rejected])
-            read += result.read
-            yield result
-            bar.update((piece.end if spans else tell[0].tell()) - bar.n)
+        for number, raw in enumerate(read_records(path, dataset.layout, encoding)):
+            if number % 10_000 == 0:
+                bar.update(number - bar.n)
+            for record, reason in outcomes(dataset, raw):
+                counts.read += 1
+                if reason is None:
+                    reason = keep(record, out, counts, cleaner, options.strict)
+                if isinstance(reason, NotKept):
+                    (counts.skipped if reason.by_design else counts.rejected)[str(reason)] += 1
+                    if not reason.by_design:
+                        bad.write(_rejected_line(raw, str(reason)))
+    if counts.first_history and counts.first_history.start > TYPED_BYTES:
+        _move_to_top(folder / f"{dataset.name}.jsonl", counts.first_history)
+    return counts
 
 
-def _grouped(blocks: Iterator[Block]) -> Iterator[list[Block]]:
-    """Yield several blocks at a time, about as much as a span has: another process is worth its while then."""
-    group, size = [], 0
-    for block in blocks:
-        group.append(block)
-        size += sum(map(len, block.records))
-        if size >= SPAN_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _convert_pieces(
-    pieces: Iterable[Piece], dataset: Dataset, folder: Path, pool: Executor
-) -> Iterator[tuple[Piece, BlockResult]]:
-    """Yield each piece with its result; other processes leave their output in files, which costs less than sending it."""
-    layout = dataset.corpus.layout
-    if isinstance(pool, ThreadPoolExecutor):
-        for piece in pieces:
-            for block in _blocks_of(piece):
-                yield piece, convert_block(block, layout)
+def outcomes(dataset: Dataset, raw: Raw) -> Iterator[tuple[dict[str, Any] | None, NotKept | None]]:
+    """Yield (record, None) or (None, why not) for all that a raw record gives."""
+    if not raw.data.strip():
+        yield None, NotKept("blank line", by_design=True)
         return
-    waiting: deque = deque()
-    for number, piece in enumerate(pieces):
-        part = folder / f"{dataset.name}.{number % (PIECES_AHEAD + 2)}.part"  # used again: new pages cost more
-        waiting.append((piece, part, pool.submit(convert_piece, piece, layout, part)))
-        if len(waiting) > PIECES_AHEAD:
-            yield from _finished(*waiting.popleft())
-    while waiting:
-        yield from _finished(*waiting.popleft())
-
-
-def _finished(piece: Piece, part: Path, future: Future) -> Iterator[tuple[Piece, BlockResult]]:
+    if isinstance(raw.value, Unreadable):
+        yield None, NotKept(raw.value.reason)
+        return
     try:
-        results = future.result()
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed (out of memory?); try fewer --workers") from None
-    with part.open("rb") as outputs:
-        for size, result in results:
-            yield piece, result._replace(output=outputs.read(size))
+        found = read_value(dataset.layout, raw.value, dataset.corpus.columns)
+    except NotKept as reason:
+        yield None, reason
+        return
+    for record in found if isinstance(found, list) else [found]:
+        other = dataset.share is not None and in_test_part(record, dataset.share) != dataset.test_part
+        yield record, NotKept("in the other part", by_design=True) if other else None
 
 
-def convert_piece(piece: Piece, layout: str, part: Path) -> list[tuple[int, BlockResult]]:
-    """Convert a piece of a raw file in a worker: the outputs go to `part`, their sizes and all else is returned."""
-    results = []
-    with part.open("r+b" if part.exists() else "wb") as outputs:
-        for block in _blocks_of(piece):
-            result = convert_block(block, layout)
-            results.append((outputs.write(result.output), result._replace(output=b"")))
-    return results
+def in_test_part(record: dict[str, Any], share: float) -> bool:
+    """Say whether a record of a corpus without a test set of its own belongs to the share that is one: by its first question."""
+    first = record["history"][0][0] if record.get("history") else record["instruction"]
+    return crc32(first.encode("utf-8", "surrogatepass")) < share * (1 << 32)
 
 
-def _blocks_of(piece: Piece) -> Iterable[Block]:
-    return read_span(piece) if isinstance(piece, Span) else piece
+def keep(record: dict[str, Any], out: Any, counts: Counts, cleaner: Cleaner, strict: bool) -> NotKept | None:
+    """Write a record and count it; return why not, if a filter takes it out."""
+    odd_tail = record.pop(ODD_TAIL, False)
+    record, masked, reason = cleaner.clean(record)
+    if reason:
+        return NotKept(reason, by_design=True)
+    try:
+        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # half of a surrogate pair
+        return NotKept("text that isn't Unicode")
+    if (b"<" in line or b"[" in line) and CONTROL.search(line):
+        if strict:
+            return NotKept("a chat template's mark in the text")
+        counts.control_tokens += 1
+    if counts.first_history is None and record.get("history"):
+        counts.first_history = slice(out.tell(), out.tell() + len(line))
+    out.write(line)
+    counts.kept += 1
+    counts.odd_tails += odd_tail
+    counts.masked.update(masked)
+    counts.columns = counts.columns or [COLUMNS[key] for key in record if key in COLUMNS]
+    return None
 
 
-_CLEANING = [NO_CLEANING]  # a worker's own, set once: an index of test questions is too large to send with every block
-
-
-def _set_cleaning(cleaning: Cleaning) -> None:
-    _CLEANING[0] = cleaning
-
-
-def convert_block(block: Block, layout: str) -> BlockResult:
-    """Convert a block of raw records; a pure function, so that any number of processes gives the same bytes."""
-    read, dumps, cleaning = LAYOUTS[layout], orjson.dumps, _CLEANING[0]
-    output, skipped, rejected, keys, masked = [], Counter(), [], [], Counter()
-    trimmed, first_history = 0, None
-    cleans = bool(cleaning)
-    for line, raw in zip(block.lines, block.records, strict=True):
-        if len(raw) > MAX_RECORD_BYTES:
-            reason = f"longer than {MAX_RECORD_BYTES} bytes, its first {OVERLONG_KEPT_BYTES} are kept here"
-            rejected.append((line, reason, raw[:OVERLONG_KEPT_BYTES]))
-            continue
-        record = read(raw)
-        if isinstance(record, dict):
-            if cleans:
-                prepared = prepare(record, cleaning)
-                masked.update(prepared.masked)
-                if prepared.reason:
-                    skipped[prepared.reason] += 1
-                    continue
-                record = prepared.record
-                if cleaning.drop_duplicates:
-                    keys.append(prepared.key)
-            if first_history is None and record.get("history"):
-                start = sum(map(len, output))
-                first_history = slice(start, start + len(dumps(record)) + 1)
-            output.append(dumps(record, option=orjson.OPT_APPEND_NEWLINE))
-            if type(record) is Trimmed:
-                trimmed += 1
-        elif isinstance(record, Skipped):
-            skipped[str(record)] += 1
-        elif not raw or raw.isspace():
-            skipped["blank line"] += 1
-        else:
-            rejected.append((line, str(record), raw))
-    return BlockResult(
-        b"".join(output), len(block.records), len(output), trimmed, skipped, rejected, first_history, keys, masked
-    )
-
-
-def _rejected_line(line: int, reason: str, raw: bytes) -> bytes:
+def _rejected_line(raw: Raw, reason: str) -> bytes:
     """One line of rejected/. `raw` gives the exact bytes back: json.loads(line)["raw"].encode("utf-8", "surrogateescape")."""
-    entry = {"line": line, "reason": reason, "raw": raw.decode("utf-8", "surrogateescape")}
+    entry = {"line": raw.line, "reason": reason, "raw": raw.data.decode("utf-8", "surrogateescape")}
     try:
         return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -418,18 +393,83 @@ def _move_to_top(path: Path, place: slice) -> None:
     moved.replace(path)
 
 
-def publish(staging: Path, out_dir: Path, entries: dict[str, Any], keep_others: bool) -> None:
-    """Complete the staging folder with dataset_info.json and, last, manifest.json, and move all to its place.
+def entry_of(
+    dataset: Dataset, path: Path, folder: Path, counts: Counts, encoding: str, options: Options
+) -> dict[str, Any]:
+    """Return a dataset's manifest entry."""
+    output = folder / f"{dataset.name}.jsonl"
+    with output.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    entry = {
+        "read": counts.read,
+        "kept": counts.kept,
+        "skipped": dict(counts.skipped),
+        "rejected": dict(counts.rejected),
+    }
+    entry |= {"sha256": digest, "bytes": output.stat().st_size, "file": output.name}
+    entry |= {"paper": dataset.paper, "published": dataset.published, "encoding": encoding}
+    entry |= {"odd_tails": counts.odd_tails, "control_tokens": counts.control_tokens, "columns": counts.columns}
+    entry |= {"variant": options.variant()}
+    if options.mask_personal_data:
+        entry["masked"] = dict(counts.masked)
+    entry["source"] = {"file": _short(dataset, path), "sha256": _source_sha256(path)}
+    return entry
 
-    keep_others: entries of datasets that were not asked for stay, as long as their file is there.
-    """
-    known, manifest_path = load_datasets(), out_dir / "manifest.json"
-    others = {}
-    if keep_others and manifest_path.is_file():
-        earlier = json.loads(manifest_path.read_text(encoding="utf-8"))["datasets"]
-        others = {name: entry for name, entry in earlier.items() if (out_dir / f"{name}.jsonl").is_file()}
-    manifest = {name: (others | entries)[name] for name in known if name in others or name in entries}
-    write_json(staging / "dataset_info.json", {name: dataset_info(known[name]) for name in manifest})
+
+# ---- the outcome ----------------------------------------------------------------------------------------------------
+def check_rejects(
+    entries: dict[str, dict[str, Any]], sources: dict[Dataset, Path], staging: Path, args: argparse.Namespace
+) -> None:
+    """Raise CheckFailed, with the rejected lines in their place and all else as it was, if too much was rejected."""
+    failed = [name for name, entry in entries.items() if _rejected_share(entry) > args.max_rejects]
+    if not failed:
+        return
+    (args.out_dir / "rejected").mkdir(exist_ok=True)
+    for name in failed:
+        (staging / "rejected" / f"{name}.jsonl").replace(args.out_dir / "rejected" / f"{name}.jsonl")
+    paths = {dataset.name: (dataset, path) for dataset, path in sources.items()}
+    shares = ", ".join(
+        f"{name} {_rejected_share(entries[name]):.2%}{_true_shape(*paths[name], entries[name])}" for name in failed
+    )
+    raise CheckFailed(
+        f"more than {args.max_rejects:.2%} rejected: {shares}; {args.out_dir} stays as it was, and {args.out_dir}/rejected/ "
+        "says why; --max-rejects allows more"
+    )
+
+
+def _true_shape(dataset: Dataset, path: Path, entry: dict[str, Any]) -> str:
+    """Say what a file of which nearly all is rejected looks like instead; empty if nothing fits better."""
+    if _rejected_share(entry) < 0.9:
+        return ""
+    values = []
+    for raw in read_records(path, "", entry["encoding"]):
+        if raw.data.strip() and not isinstance(raw.value, Unreadable):
+            values.append(raw.value)
+        if raw.line >= LOOKED_AT:
+            break
+    found = likely_layout(values)
+    shape = (
+        "a list"
+        if values and isinstance(values[0], list)
+        else f"an object with {', '.join(map(str, values[0]))[:80]}"
+        if values
+        else ""
+    )
+    reason = max(entry["rejected"], key=entry["rejected"].get)
+    says = f" ({reason}; its records are {shape}" if shape else f" ({reason}"
+    return says + (f": layout {found}, not {dataset.layout})" if found and found != dataset.layout else ")")
+
+
+def publish(staging: Path, out_dir: Path, entries: dict[str, Any]) -> None:
+    """Complete the staging folder with dataset_info.json and, last, manifest.json, and move all to its place."""
+    order = {name: number for number, name in enumerate(load_datasets())}
+    there = {
+        name: entry
+        for name, entry in entries.items()
+        if any((folder / f"{name}.jsonl").is_file() for folder in (staging, out_dir))
+    }
+    manifest = dict(sorted(there.items(), key=lambda item: order.get(item[0], len(order))))
+    write_json(staging / "dataset_info.json", {name: dataset_info(name, entry) for name, entry in manifest.items()})
     write_json(staging / "manifest.json", {"datasets": manifest})
     finish(staging, out_dir)
 
@@ -448,10 +488,11 @@ def finish(staging: Path, out_dir: Path) -> None:
     shutil.rmtree(staging)
 
 
-def dataset_info(dataset: Dataset) -> dict[str, Any]:
+def dataset_info(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return LLaMA-Factory's description of one converted dataset; a column that isn't named is not read."""
-    history = {"history": "history"} if dataset.corpus.multi_turn else {}
-    return {"file_name": f"{dataset.name}.jsonl", "columns": COLUMNS | history}
+    names = {theirs: ours for ours, theirs in COLUMNS.items()}
+    columns = entry.get("columns") or ["prompt", "query", "response"]
+    return {"file_name": f"{name}.jsonl", "columns": {column: names[column] for column in columns}}
 
 
 def _rejected_share(entry: dict[str, Any]) -> float:
@@ -462,7 +503,9 @@ def _rejected_share(entry: dict[str, Any]) -> float:
 
 def summary(name: str, entry: dict[str, Any]) -> str:
     """Return one line of counts for the terminal."""
-    paper = "" if entry["paper"] is None else f", paper {entry['paper']:,} ({entry['difference_from_paper']:+,})"
+    paper = "" if entry["paper"] is None else f", paper {entry['paper']:,}"
     reasons = "".join(f"; {count:,} {reason}" for reason, count in sorted(entry["rejected"].items()))
+    marks = f"; {entry['control_tokens']:,} with a chat template's marks" if entry["control_tokens"] else ""
+    encoding = "" if entry["encoding"] == UTF8 else f"; read as {entry['encoding']}"
     skipped, rejected = sum(entry["skipped"].values()), sum(entry["rejected"].values())
-    return f"{name}: {entry['read']:,} read = {entry['kept']:,} kept + {skipped:,} skipped + {rejected:,} rejected{paper}{reasons}"
+    return f"{name}: {entry['read']:,} read = {entry['kept']:,} kept + {skipped:,} skipped + {rejected:,} rejected{paper}{reasons}{marks}{encoding}"

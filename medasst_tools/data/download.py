@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from medasst_tools.data.exam_questions import load_protocol
-from medasst_tools.data.raw_files import LFS_POINTER
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
-from medasst_tools.files import only_one_run, sha256_of
+from medasst_tools.files import LFS_POINTER, locked, sha256_of
 from medasst_tools.render import CONFIGS_DIR, load_experiments, resolve
 
 HUBS = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
@@ -175,7 +174,7 @@ def fetch_file(file: Wanted, hub: str) -> None:
         raise UserError(f"{file.path}: {HUBS[hub]} doesn't have {file.title}")
     staging = file.path.parent / f".download-{file.path.name}"
     staging.mkdir(parents=True, exist_ok=True)
-    with only_one_run(staging / ".lock", f"another run is fetching {file.path}; wait for it"):
+    with locked(staging / ".lock", f"another run is fetching {file.path}; wait for it"):
         fetched, known = staging / file.path.name, {}
         try:
             known = FETCH_FILE[hub](repository, file.path.name, staging)

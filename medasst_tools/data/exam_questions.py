@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from medasst_tools.config import read_yaml
-from medasst_tools.data.raw_files import LFS_POINTER
 from medasst_tools.errors import UserError
-from medasst_tools.files import PROJECT_ROOT
+from medasst_tools.files import LFS_POINTER, PROJECT_ROOT
 
 PROTOCOL = PROJECT_ROOT / "dataset_info" / "exams.yaml"
 LETTERS = "ABCD"

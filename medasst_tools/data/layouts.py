@@ -1,39 +1,60 @@
-"""One raw record to one Alpaca record, for each of the five layouts (see `LAYOUTS`).
+"""One raw record to Alpaca records, for each layout: a function of the record's value, and a line in `LAYOUTS`.
 
-A reader takes the record's bytes and returns a dict (`instruction`, `input`, `output`, and `history` in multi-turn
-layouts), or the reason why there is none: `Skipped` by design, `Rejected` as bad input. Text stays as it is except for
-the rules that the registry names.
+A function returns a dict (`instruction`, `input`, `output`; of a dialogue also `history`, and `system` where the layout has
+one), or a list of such dicts where one raw record gives several, and raises NotKept with the reason if it gives none. Text
+stays as it is, but for white space at both ends and zero-width characters.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
-
-import orjson
 
 ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")
 MARKER = re.compile(r"\s*(问|答)[:：]")
-URL_ONLY = re.compile(r"(?:https?://|www\.)\S+", re.ASCII)
+URL_ONLY = re.compile(r"(?:https?://|www\.)[^\s\u3000-\u303f\uff00-\uffef\u4e00-\u9fff]+")
+# the names under which people have questions and answers, likeliest first
+QUESTION_NAMES = (
+    "question",
+    "q",
+    "query",
+    "instruction",
+    "prompt",
+    "input",
+    "ask",
+    "title",
+    "问题",
+    "提问",
+    "问",
+    "user",
+)
+ANSWER_NAMES = (
+    "answer",
+    "a",
+    "response",
+    "output",
+    "reply",
+    "completion",
+    "target",
+    "回答",
+    "答案",
+    "答复",
+    "答",
+    "assistant",
+)
+USERS, ASSISTANTS, SYSTEMS = ("user", "human"), ("assistant", "gpt", "bot", "model"), ("system", "developer")
+ODD_TAIL = "odd_tail"  # a mark on a record that lost an unanswered last question; it isn't written
 
 
-class Skipped(str):
-    """The reason why a record is left out by design."""
+class NotKept(Exception):
+    """Why a raw record gives no record: by design (skipped), or because it is bad input (rejected)."""
 
-
-class Rejected(str):
-    """The reason why a record is unusable."""
-
-
-class Trimmed(dict):
-    """A kept record that lost an odd tail, so that the loss can be counted."""
-
-
-class _Unusable(Exception):
-    """Carries a Rejected reason out of a nested call."""
+    def __init__(self, reason: str, by_design: bool = False):
+        super().__init__(reason)
+        self.by_design = by_design
 
 
 def clean(text: str) -> str:
-    """Apply the rules edge_whitespace and zero_width."""
+    """Remove white space at both ends, U+3000 included, and zero-width characters (U+200B, U+2060, U+FEFF)."""
     text = text.strip()
     if "\u200b" in text or "\ufeff" in text or "\u2060" in text:
         text = ZERO_WIDTH.sub("", text).strip()
@@ -46,53 +67,90 @@ def _text(record: dict[str, Any], key: str) -> str:
     if type(value) is str and (text := clean(value)):
         return text
     if value is None:
-        raise _Unusable(f"no {key}")
-    raise _Unusable(f"empty {key}" if isinstance(value, str) else f"{key} is not text")
+        raise NotKept(f"no {key}")
+    raise NotKept(f"empty {key}" if isinstance(value, str) else f"{key} is not text")
 
 
-def _input(record: dict[str, Any]) -> str:
-    value = record.get("input")
-    if not value and (value is None or value == ""):
+def _optional(record: dict[str, Any], key: str) -> str:
+    value = record.get(key)
+    if value is None or value == "":
         return ""
     if not isinstance(value, str):
-        raise _Unusable("input is not text")
+        raise NotKept(f"{key} is not text")
     return clean(value)
 
 
-def read_instruction(record: Any) -> dict[str, Any]:
-    """MedChatZH: {"instruction", "input", "output"}."""
-    return {"instruction": _text(record, "instruction"), "input": _input(record), "output": _text(record, "output")}
-
-
-def read_dialogue(record: Any) -> dict[str, Any]:
-    """CMtMedQA: the last turn in instruction and output, the earlier ones in history; its test file also has `instruct`."""
-    question = "instruct" if "instruct" in record and "instruction" not in record else "instruction"
+def _history(record: dict[str, Any]) -> list[list[str]]:
     history = record.get("history")
     if history is None:
-        history = []
+        return []
     if not isinstance(history, list):
-        raise _Unusable("history is not a list")
+        raise NotKept("history is not a list")
     pairs = []
     for pair in history:
         if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
-            raise _Unusable("a history item is not a pair of texts")
+            raise NotKept("a history item is not a pair of texts")
         user, doctor = clean(pair[0]), clean(pair[1])
         if not user or not doctor:
-            raise _Unusable("an empty turn in history")
+            raise NotKept("an empty turn in history")
         pairs.append([user, doctor])
+    return pairs
+
+
+def _dialogue(texts: list[str], odd_tail: bool = False) -> dict[str, Any]:
+    """Return the record of turns that begin with the user's and end with the assistant's."""
+    if not texts:
+        raise NotKept("no answer")
+    if not all(texts):
+        raise NotKept("an empty turn")
+    *pairs, (question, answer) = ([texts[at], texts[at + 1]] for at in range(0, len(texts), 2))
+    record = {"instruction": question, "input": "", "output": answer, "history": pairs}
+    return record | {ODD_TAIL: True} if odd_tail else record
+
+
+# ---- the paper's corpora --------------------------------------------------------------------------------------------
+def read_instruction(record: dict[str, Any]) -> dict[str, Any]:
+    """Alpaca, and MedChatZH: {"instruction", "input", "output"}; `system` and `history` where there are any."""
+    kept = {
+        "instruction": _text(record, "instruction"),
+        "input": _optional(record, "input"),
+        "output": _text(record, "output"),
+    }
+    if "history" in record:
+        kept["history"] = _history(record)
+    if "system" in record:
+        kept["system"] = _optional(record, "system")
+    return kept
+
+
+def read_dialogue(record: dict[str, Any]) -> dict[str, Any]:
+    """CMtMedQA: the last turn in instruction and output, the earlier ones in history; its test file also has `instruct`."""
+    question = "instruct" if "instruct" in record and "instruction" not in record else "instruction"
+    pairs = _history(record)
     return {
         "instruction": _text(record, question),
-        "input": _input(record),
+        "input": _optional(record, "input"),
         "output": _text(record, "output"),
         "history": pairs,
     }
 
 
-def read_encyclopedia(record: Any) -> dict[str, Any]:
-    """huatuo_encyclopedia_qa: {"questions": [[wording, ...]], "answers": [answer]}, also as str or [str]."""
+def read_dialogue_turns(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """CMtMedQA, every doctor's turn asked with its true history; `dialogue` says which turns belong together."""
+    whole = read_dialogue(record)
+    pairs = [*whole["history"], ["\n".join(filter(None, (whole["instruction"], whole["input"]))), whole["output"]]]
+    name = record.get("id") if isinstance(record.get("id"), str) else pairs[0][0]
+    return [
+        {"instruction": user, "input": "", "output": doctor, "history": pairs[:at], "dialogue": name}
+        for at, (user, doctor) in enumerate(pairs)
+    ]
+
+
+def read_encyclopedia(record: dict[str, Any]) -> dict[str, Any]:
+    """huatuo_encyclopedia_qa: {"questions": [[wording, ...]], "answers": [answer]}, also as str or [str]; the first counts."""
     answer = _first_text(record, "answers")
     if URL_ONLY.fullmatch(answer):
-        raise _Unusable("answers is only a URL")
+        raise NotKept("answers is only a URL")
     return {"instruction": _first_text(record, "questions"), "input": "", "output": answer}
 
 
@@ -101,12 +159,12 @@ def _first_text(record: dict[str, Any], key: str) -> str:
     value = record.get(key)
     while isinstance(value, list):
         if not value:
-            raise _Unusable(f"empty {key}")
+            raise NotKept(f"empty {key}")
         value = value[0]
     return _text({key: value}, key)
 
 
-def read_turns(record: Any) -> dict[str, Any]:
+def read_turns(record: dict[str, Any]) -> dict[str, Any]:
     """HuatuoGPT-sft-data-v1: {"data": ["问：...", "答：...", ...]}; the last whole pair is the instruction and output.
 
     A turn's marker says whose it is; where there is none its place does. An odd tail goes. Two turns of one side in a
@@ -114,72 +172,150 @@ def read_turns(record: Any) -> dict[str, Any]:
     """
     turns = record.get("data")
     if not isinstance(turns, list):
-        raise _Unusable("no data" if turns is None else "data is not a list")
+        raise NotKept("no data" if turns is None else "data is not a list")
     texts = []
     for place, turn in enumerate(turns):
         if type(turn) is not str:
-            raise _Unusable("a turn is not text")
-        marker = MARKER.match(turn)
-        if marker:
+            raise NotKept("a turn is not text")
+        turn = clean(turn)
+        if marker := MARKER.match(turn):
             if marker[1] != "问答"[place % 2]:
-                raise _Unusable("turns do not alternate")
-            turn = turn[marker.end() :]
-        texts.append(clean(turn))
+                raise NotKept("turns do not alternate")
+            turn = clean(turn[marker.end() :])
+        texts.append(turn)
     odd_tail = len(texts) % 2 == 1
-    if odd_tail:
-        texts.pop()
-    if not texts:
-        raise _Unusable("no answer")
-    if not all(texts):
-        raise _Unusable("an empty turn")
-    pairs = [[texts[place], texts[place + 1]] for place in range(0, len(texts), 2)]
-    question, answer = pairs.pop()
-    record = {"instruction": question, "input": "", "output": answer, "history": pairs}
-    return Trimmed(record) if odd_tail else record
+    return _dialogue(texts[: len(texts) - odd_tail], odd_tail)
 
 
-def read_columns(line: bytes) -> dict[str, Any] | Skipped | Rejected:
-    """webMedQA: department TAB label TAB question id TAB question TAB answer, one line; split on the tab itself."""
-    columns = line.rstrip(b"\r\n").split(b"\t")
+def read_columns(columns: list[str]) -> dict[str, Any]:
+    """webMedQA: department, label, question id, question, answer; the positives are kept."""
     if len(columns) != 5:
-        return Rejected("not 5 columns")
+        raise NotKept("not 5 columns")
     label = columns[1].strip()
-    if label == b"0":
-        return Skipped("label 0")
-    if label != b"1":
-        return Rejected("label is neither 0 nor 1")
-    try:
-        question, answer = clean(columns[3].decode("utf-8")), clean(columns[4].decode("utf-8"))
-    except UnicodeDecodeError:
-        return Rejected("not UTF-8")
+    if label == "0":
+        raise NotKept("label 0", by_design=True)
+    if label != "1":
+        raise NotKept("label is neither 0 nor 1")
+    return read_pair([columns[3], columns[4]])
+
+
+# ---- what people have -----------------------------------------------------------------------------------------------
+def read_pair(pair: list[str]) -> dict[str, Any]:
+    """A list of two texts: question and answer."""
+    if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        raise NotKept("not a list of two texts")
+    question, answer = map(clean, pair)
     if not question or not answer:
-        return Rejected("empty question" if not question else "empty answer")
+        raise NotKept("empty question" if not question else "empty answer")
     return {"instruction": question, "input": "", "output": answer}
 
 
-def _from_json(read: Callable[[Any], dict[str, Any]]) -> Callable[[bytes], dict[str, Any] | Rejected]:
-    def read_json(raw: bytes) -> dict[str, Any] | Rejected:
-        try:
-            record = orjson.loads(raw)
-            if type(record) is not dict:
-                return Rejected("not an object")
-            return read(record)
-        except _Unusable as reason:
-            return Rejected(str(reason))
-        except orjson.JSONDecodeError:
-            try:
-                raw.decode("utf-8")
-            except UnicodeDecodeError:
-                return Rejected("not UTF-8")
-            return Rejected("not JSON")
-
-    return read_json
+def read_qa(record: dict[str, Any], question: str | None = None, answer: str | None = None) -> dict[str, Any]:
+    """A question and an answer under any names; those given, else the first known ones that it has."""
+    question = question or _known_name(record, QUESTION_NAMES, "question")
+    answer = answer or _known_name(record, ANSWER_NAMES, "answer")
+    return {"instruction": _text(record, question), "input": "", "output": _text(record, answer)}
 
 
-LAYOUTS: dict[str, Callable[[bytes], dict[str, Any] | Skipped | Rejected]] = {
-    "instruction": _from_json(read_instruction),
-    "encyclopedia": _from_json(read_encyclopedia),
-    "turns": _from_json(read_turns),
-    "dialogue": _from_json(read_dialogue),
+def _known_name(record: dict[str, Any], names: Iterable[str], what: str) -> str:
+    lower = {str(key).strip().lower(): key for key in record}
+    if found := next((lower[name] for name in names if name in lower), None):
+        return found
+    raise NotKept(f"no {what} among {', '.join(map(str, record))[:80]}")
+
+
+def read_messages(record: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's {"messages": [{"role", "content"}, ...]}, system included."""
+    return _from_turns(record, "messages")
+
+
+def read_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
+    """ShareGPT's {"conversations": [{"from", "value"}, ...]}: human and gpt, or user and assistant; `system` beside it."""
+    key = "conversation" if "conversation" in record and "conversations" not in record else "conversations"
+    return _from_turns(record, key)
+
+
+def _from_turns(record: dict[str, Any], key: str) -> dict[str, Any]:
+    turns = record.get(key)
+    if not isinstance(turns, list):
+        raise NotKept(f"no {key}" if turns is None else f"{key} is not a list")
+    system, texts = _optional(record, "system"), []
+    for turn in turns:
+        role, text = _role_and_text(turn)
+        if role in SYSTEMS and not texts:
+            system = "\n".join(filter(None, (system, clean(text))))
+            continue
+        if role not in (USERS, ASSISTANTS)[len(texts) % 2]:
+            known = role in USERS + ASSISTANTS + SYSTEMS
+            raise NotKept("turns do not alternate" if known else f"a turn of {role!r}")
+        texts.append(clean(text))
+    odd_tail = len(texts) % 2 == 1
+    return _dialogue(texts[: len(texts) - odd_tail], odd_tail) | {"system": system}
+
+
+def _role_and_text(turn: Any) -> tuple[str, str]:
+    if not isinstance(turn, dict):
+        raise NotKept("a turn is not an object")
+    role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if isinstance(text, list):  # OpenAI's parts
+        text = "".join(part["text"] for part in text if isinstance(part, dict) and isinstance(part.get("text"), str))
+    if not isinstance(role, str) or not isinstance(text, str):
+        raise NotKept("a turn has no role, or no text")
+    return role.strip().lower(), text
+
+
+def read_history(record: dict[str, Any]) -> dict[str, Any]:
+    """A question and an answer under the usual names, with `history` as pairs, oldest first."""
+    pairs = _history(record)
+    return read_qa(record) | {"history": pairs}
+
+
+LAYOUTS: dict[str, Callable[..., dict[str, Any] | list[dict[str, Any]]]] = {
+    "instruction": read_instruction,
+    "encyclopedia": read_encyclopedia,
+    "turns": read_turns,
+    "dialogue": read_dialogue,
+    "dialogue_turns": read_dialogue_turns,
     "columns": read_columns,
+    "messages": read_messages,
+    "sharegpt": read_sharegpt,
+    "history": read_history,
+    "qa": read_qa,
+    "pairs": read_pair,
 }
+LISTS = ("columns", "pairs")  # their raw records are lists, all others' are objects
+
+
+def read_value(
+    layout: str, value: Any, columns: dict[str, str] | None = None
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return what a raw record's parsed value gives; NotKept if nothing. columns: {"question", "answer"} of layout qa."""
+    if layout in LISTS:
+        if not isinstance(value, list):
+            raise NotKept("not a list")
+    elif not isinstance(value, dict):
+        raise NotKept("not an object")
+    return LAYOUTS[layout](value, **(columns or {}))
+
+
+def likely_layout(values: list[Any]) -> str | None:
+    """Return the layout in which most of these values can be read, the most special first; None if none reads half of them."""
+    usable = dict.fromkeys(LAYOUTS, 0)
+    for layout in usable:
+        for value in values:
+            try:
+                read_value(layout, value)
+                usable[layout] += 1
+            except NotKept as reason:
+                usable[layout] += reason.by_design
+    del usable["dialogue_turns"]
+    has_history = any(isinstance(value, dict) and value.get("history") for value in values)
+    # instruction keeps a history too; qa, which reads most, would lose one
+    order = [
+        "instruction",
+        *(name for name in usable if name not in ("dialogue", "history", "qa")),
+        *["history"] * has_history,
+        "qa",
+    ]
+    best = max(order, key=lambda name: usable[name])
+    return best if values and usable[best] * 2 >= len(values) else None

@@ -1,66 +1,79 @@
-"""Stream the records of a raw file, whatever it is packed in: JSON lines, a JSON array, tab-separated lines; plain, gzip or zip.
+"""Read the records of a raw file, whatever it is packed in: JSON lines, a JSON array, an object around it, CSV, TSV, Parquet,
+plain text columns; plain, gzip or zip; a folder of such files.
 
-What a file is, its content says, not its name. Memory doesn't grow with the file: records come in small blocks. A plain
-file of lines or an indented array can also be read in spans, each by another process.
+What a file is, its content says, not its name (but for .csv, .tsv and .parquet).
 """
 
+import csv
 import gzip
 import io
-import json
-import mmap
-import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 
 from medasst_tools.errors import UserError
+from medasst_tools.files import LFS_POINTER
 
-BLOCK_BYTES = 1 << 17  # what fits in a core's own cache: with 4 MiB convert takes a third more processor time
-SPAN_BYTES = 1 << 22
 MAX_RECORD_BYTES = 1 << 24  # the longest answer of the corpora has 6,608 characters; a longer "line" is damage
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 BOM = b"\xef\xbb\xbf"
-ARRAY_OPENING = re.compile(rb"\s*\[(\s*?\n([ \t]*))?(?=(\{)?)")
+UTF8, CHINESE = "utf-8", "gb18030"
+# keys whose list of objects is one record's dialogue, not a wrapped array of records
+DIALOGUE_KEYS = ("messages", "conversations", "conversation", "history", "data")
 
 
-class Block(NamedTuple):
-    """Some records of a file, in order, each with the number of the line (from 1) on which it starts.
+class Unreadable(NamedTuple):
+    """In place of a record's value: why there is none."""
 
-    A record over MAX_RECORD_BYTES is cut there, one byte more than is allowed.
-    """
-
-    lines: list[int] | range
-    records: list[bytes]
+    reason: str
 
 
-class Span(NamedTuple):
-    """The lines of a plain file that begin in [start, end), or the elements of an indented array that stand there.
+class Raw(NamedTuple):
+    """One raw record: the line it starts on (of an array or a table, its number), its bytes, its parsed value or Unreadable."""
 
-    marker: what stands before each element of the array and begins it; empty for lines.
-    """
-
-    path: Path
-    start: int
-    end: int
-    first: bool
-    marker: bytes = b""
+    line: int
+    data: bytes
+    value: Any
 
 
+def read_records(path: Path, layout: str = "", encoding: str = UTF8) -> Iterator[Raw]:
+    """Yield the records of a file or a folder of files. UserError if it can't be read at all; blank lines are records too."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise UserError(f"{path} is an empty folder; it must hold the corpus's files")
+        for file in files:
+            yield from read_records(file, layout, encoding)
+        return
+    kind = path.name.removesuffix(".gz").removesuffix(".zip").rpartition(".")[2].lower()
+    if kind == "parquet":
+        yield from _parquet(path)
+        return
+    with open_raw(path) as stream:
+        if kind in ("csv", "tsv") and layout != "columns":
+            yield from _table(path, stream, encoding, "," if kind == "csv" else "\t")
+        elif layout == "columns":
+            yield from _lines(stream, lambda line: _columns(line, encoding))
+        elif is_one_value(stream):
+            yield from _array(path, stream, encoding)
+        else:
+            yield from _lines(stream, lambda line: _json(line, encoding))
+
+
+# ---- opening --------------------------------------------------------------------------------------------------------
 @contextmanager
-def open_raw(path: Path, tell: list | None = None) -> Iterator[BinaryIO]:
+def open_raw(path: Path) -> Iterator[BinaryIO]:
     """Open a raw file as its unpacked bytes, positioned after a UTF-8 BOM.
 
-    tell: filled with the underlying file, whose position shows the progress. Raises UserError for an empty file, a Git LFS
-    pointer, UTF-16, an archive without exactly one text file, a member whose path leaves the archive and a zip bomb.
+    Raises UserError for an empty file, a Git LFS pointer, UTF-16, an archive without exactly one text file, a member whose
+    path leaves the archive, damage and a zip bomb.
     """
     with path.open("rb") as file:
-        if tell is not None:
-            tell.append(file)
         head = file.read(256)
         file.seek(0)
         if not head:
@@ -74,7 +87,7 @@ def open_raw(path: Path, tell: list | None = None) -> Iterator[BinaryIO]:
                 yield _after_bom(path, member)
         elif head.startswith(b"\x1f\x8b"):
             with gzip.open(file) as unpacked:
-                yield _after_bom(path, _Limited(unpacked, path, MAX_EXPANSION * path.stat().st_size + BLOCK_BYTES))
+                yield _after_bom(path, _Limited(unpacked, path, MAX_EXPANSION * path.stat().st_size + (1 << 17)))
         else:
             yield _after_bom(path, file)
 
@@ -83,7 +96,7 @@ def open_raw(path: Path, tell: list | None = None) -> Iterator[BinaryIO]:
 def _zip_member(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
     try:
         archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole zip archive ({error}); get it again") from None
     with archive:
         members = [info for info in archive.infolist() if not info.is_dir() and "__MACOSX" not in info.filename]
@@ -101,11 +114,7 @@ def _zip_member(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
             )
         try:
             member = archive.open(info)
-        except (
-            RuntimeError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-        ) as error:  # a password, an unknown method, damage
+        except (RuntimeError, NotImplementedError, zipfile.BadZipFile, OSError) as error:  # a password, damage...
             raise UserError(f"{path}: {error}; unpack it and give the text file") from None
         with member:
             yield _Limited(member, path, info.file_size)
@@ -129,7 +138,7 @@ class _Limited(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         try:
             data = self.stream.read(len(buffer))
-        except (EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
+        except (EOFError, OSError, zipfile.BadZipFile, zlib.error, ValueError) as error:
             raise UserError(f"{self.path} is damaged ({error}); get it again") from None
         self.left -= len(data)
         if self.left < 0:
@@ -148,142 +157,50 @@ def _after_bom(path: Path, stream: BinaryIO) -> BinaryIO:
     return buffered
 
 
-def read_blocks(stream: BinaryIO, layout: str) -> Iterator[Block]:
-    """Yield the records of an opened raw file; JSON layouts are an array if the first byte says so, else lines."""
-    if is_array(stream, layout):
-        yield from read_array(stream)
-    else:
-        yield from read_lines(stream)
+def is_chinese_encoding(path: Path) -> bool:
+    """Say whether a file that isn't UTF-8 is GB18030 (GBK, GB2312) from its first byte to its last."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder(CHINESE)()
+    with open_raw(path) as stream:
+        try:
+            while data := stream.read(1 << 20):
+                decoder.decode(data)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return False
+    return True
 
 
-def spans_of(path: Path, stream: BinaryIO, layout: str) -> list[Span] | None:
-    """Return the spans of an opened raw file, in order; None if it is packed, or an array that isn't indented."""
-    if not isinstance(stream, io.BufferedReader) or isinstance(stream.raw, _Limited):
-        return None
-    if is_array(stream, layout):
-        return _array_spans(path, stream)
-    size, start = path.stat().st_size, stream.tell()  # after a BOM
-    places = range(start, size, SPAN_BYTES)
-    return [Span(path, place, min(place + SPAN_BYTES, size), place == start) for place in places]
+# ---- containers -----------------------------------------------------------------------------------------------------
+def is_one_value(stream: BinaryIO) -> bool:
+    """Say whether an opened JSON file is one value, an array or an object around one, and not a value a line."""
+    head = stream.peek(1 << 20)[: 1 << 20].lstrip()
+    if head[:1] == b"[":
+        first, more, _ = head.partition(b"\n")
+        # lines that are lists themselves: pairs, say
+        return not (more and _parses(first))
+    if head[:1] != b"{":
+        return False
+    first, _, rest = head.partition(b"\n")
+    if not _parses(first):
+        return first.strip() in (b"{", b"") or _opens_array(first)
+    value = orjson.loads(first)
+    return not rest.strip() and any(
+        key not in DIALOGUE_KEYS[:-1] and isinstance(inner, list) and inner and isinstance(inner[0], dict)
+        for key, inner in value.items()
+    )
 
 
-def _array_spans(path: Path, stream: BinaryIO) -> list[Span] | None:
-    opening = ARRAY_OPENING.match(stream.peek(1 << 16))
-    if opening[1] is None or not opening[3]:
-        return None
-    marker, place = b"\n" + opening[2] + b"{", stream.tell() + opening.end()
-    spans: list[Span] = []
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while place < len(data):
-            found = data.find(marker, place + SPAN_BYTES)
-            end = len(data) if found < 0 else found
-            spans.append(Span(path, place, end, not spans, marker))
-            place = end + len(marker) - 1  # at the element's brace
-    return spans
+def _opens_array(first: bytes) -> bool:
+    """A first line without an end that opens an array of objects: longer than what is looked at, or broken across lines."""
+    key, _, value = first[1:].lstrip().partition(b":")
+    return (
+        key.rstrip().strip(b'"') not in [name.encode() for name in DIALOGUE_KEYS[:-1]] and value.lstrip()[:1] == b"["
+    )
 
 
-def lines_before(span: Span, counted: Span | None, lines: int) -> int:
-    """Return how many lines end before the span; `lines` end before `counted`, a span before it."""
-    place = counted.start if counted else 0
-    with span.path.open("rb") as file:
-        file.seek(place)
-        while data := file.read(min(BLOCK_BYTES, span.start - file.tell())):
-            lines += data.count(b"\n")
-    return lines
-
-
-def read_span(span: Span) -> Iterator[Block]:
-    """Yield a span's records. Nobody knows how many lines were before: an array's are numbered from 1, lines in each block."""
-    with span.path.open("rb") as file:
-        if span.marker:
-            file.seek(span.start)
-            at_end = span.end == span.path.stat().st_size
-            read = lambda size: file.read(min(size, span.end - file.tell()))  # noqa: E731
-            yield from _indented_elements(read, 1, span.marker, closes=at_end)
-            return
-        file.seek(span.start if span.first else span.start - 1)
-        if not span.first:  # the end of a line that began before, or just its newline
-            while not file.readline(min(BLOCK_BYTES, span.end - file.tell())).endswith(b"\n"):
-                if file.tell() >= span.end:
-                    return
-        for block in read_lines(file, span.end):
-            yield block._replace(lines=range(1, len(block.records) + 1))
-
-
-def is_array(stream: BinaryIO, layout: str) -> bool:
-    """Say whether the opened raw file is a JSON array, by its first byte that isn't white space."""
-    return layout != "columns" and stream.peek(1 << 16).lstrip()[:1] == b"["
-
-
-def read_lines(stream: BinaryIO, end: int | None = None) -> Iterator[Block]:
-    """Yield lines without their newline: all that follow, or those that begin before `end`."""
-    number = 1
-    while data := stream.read(BLOCK_BYTES if end is None else max(0, min(BLOCK_BYTES, end - stream.tell()))):
-        if not data.endswith(b"\n"):
-            rest = stream.readline(MAX_RECORD_BYTES + 1)
-            data += rest
-            if len(rest) > MAX_RECORD_BYTES and not rest.endswith(b"\n"):
-                while (more := stream.readline(BLOCK_BYTES)) and not more.endswith(b"\n"):
-                    pass  # the rest of a line that is rejected for its length
-        records = data.split(b"\n")
-        if data.endswith(b"\n"):
-            records.pop()
-        records[-1] = records[-1][: MAX_RECORD_BYTES + 1]
-        yield Block(range(number, number + len(records)), records)
-        number += len(records)
-
-
-def read_array(stream: BinaryIO) -> Iterator[Block]:
-    """Yield the elements of a JSON array; one that is broken spoils only itself as far as its neighbours can be told.
-
-    An indented array, as json.dump writes it, is split where its elements start; any other is decoded one by one.
-    """
-    opening = ARRAY_OPENING.match(stream.peek(1 << 16))
-    stream.read(opening.end())
-    line = 1 + opening[0].count(b"\n")
-    if opening[1] is not None and opening[3]:
-        yield from _indented_elements(stream.read, line, b"\n" + opening[2] + b"{")
-    else:
-        yield from _decoded_elements(stream, line)
-
-
-def _indented_elements(read: Callable[[int], bytes], line: int, start: bytes, closes: bool = True) -> Iterator[Block]:
-    rest, ended, overlong = b"", False, False
-    opening = b""  # what `split` takes away from every element but the first
-    while not ended:
-        data = read(BLOCK_BYTES)
-        ended = not data
-        parts = (rest + data).split(start)
-        rest = b"" if ended else parts.pop()
-        if overlong and parts:  # what is left of an element that was cut already
-            line += parts.pop(0).count(b"\n") + 1
-            overlong = False
-        lines, records = [], []
-        if ended and parts and closes:
-            parts[-1] = parts[-1].rstrip().removesuffix(b"]")
-        for part in parts:
-            for place, record in _elements_of_part((opening + part).rstrip().removesuffix(b","), line):
-                lines.append(place)
-                records.append(record[: MAX_RECORD_BYTES + 1])
-            line, opening = line + part.count(b"\n") + 1, b"{"
-        if len(rest) > MAX_RECORD_BYTES:
-            if not overlong:
-                lines.append(line)
-                records.append((opening + rest)[: MAX_RECORD_BYTES + 1])
-            line += rest[:-64].count(b"\n")
-            rest, overlong, opening = rest[-64:], True, b"{"  # a start may lie across two blocks
-        if records:
-            yield Block(lines, records)
-
-
-def _elements_of_part(part: bytes, line: int) -> Iterable[tuple[int, bytes]]:
-    """Usually one; more where an element isn't an object or is indented otherwise, as two are in CMtMedQA's test file."""
-    if (part.endswith(b"}") and part.count(b"}") == 1) or _is_json(part):
-        return [(line, part)]
-    return [pair for block in _decoded_elements(io.BytesIO(part), line) for pair in zip(*block, strict=True)]
-
-
-def _is_json(data: bytes) -> bool:
+def _parses(data: bytes) -> bool:
     try:
         orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -291,39 +208,105 @@ def _is_json(data: bytes) -> bool:
     return True
 
 
-def _decoded_elements(stream: BinaryIO, line: int) -> Iterator[Block]:
-    decode = json.JSONDecoder().raw_decode
-    separator, neighbour = re.compile(r"[\s,]*"), re.compile(r"\}\s*,(?=\s*\{)")
-    lines, records, size = [], [], 0
-    text, position, ended = "", 0, False
-    while True:
-        gap = separator.match(text, position)
-        line, position = line + gap[0].count("\n"), gap.end()
-        end = None
-        if position < len(text):
-            if text[position] == "]" and not text[position + 1 :].strip() and ended:
-                break
-            try:
-                _, end = decode(text, position)
-            except (json.JSONDecodeError, RecursionError):
-                if ended or len(text) - position > MAX_RECORD_BYTES:
-                    found = neighbour.search(text, position)
-                    end = found.start() + 1 if found else len(text)
-            if end == len(text) and not ended:
-                end = None  # a number or a word may go on in the next block
-        if end is None:
-            if ended:
-                break
-            data = stream.read(BLOCK_BYTES)
-            ended = not data
-            text, position = text[position:] + data.decode("utf-8", "surrogateescape"), 0
+def _lines(stream: BinaryIO, parse: Any) -> Iterator[Raw]:
+    number = 0
+    while line := stream.readline(MAX_RECORD_BYTES + 1):
+        number += 1
+        if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+            while (more := stream.readline(1 << 17)) and not more.endswith(b"\n"):
+                pass  # the rest of a line that is rejected for its length
+            yield Raw(
+                number, line[:4096], Unreadable(f"longer than {MAX_RECORD_BYTES} bytes, its first 4096 are kept here")
+            )
             continue
-        raw = text[position:end].encode("utf-8", "surrogateescape")
-        lines.append(line)
-        records.append(raw[: MAX_RECORD_BYTES + 1])
-        line, position, size = line + raw.count(b"\n"), end, size + len(raw)
-        if size > BLOCK_BYTES:
-            yield Block(lines, records)
-            lines, records, size = [], [], 0
-    if records:
-        yield Block(lines, records)
+        line = line[:-1] if line.endswith(b"\n") else line
+        yield Raw(number, line, parse(line))
+
+
+def _json(line: bytes, encoding: str) -> Any:
+    try:
+        return orjson.loads(line if encoding == UTF8 else line.decode(encoding))
+    except UnicodeDecodeError:
+        return Unreadable(f"not {encoding}")
+    except (orjson.JSONDecodeError, RecursionError):
+        return Unreadable("not JSON" if _decodes(line) else "not UTF-8")
+
+
+def _decodes(data: bytes) -> bool:
+    try:
+        data.decode(UTF8)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _columns(line: bytes, encoding: str) -> list[str] | Unreadable:
+    """Split on the tab itself: csv's quoting swallows lines."""
+    try:
+        return line.rstrip(b"\r").decode(encoding).split("\t")
+    except UnicodeDecodeError:
+        return Unreadable("not UTF-8" if encoding == UTF8 else f"not {encoding}")
+
+
+def _array(path: Path, stream: BinaryIO, encoding: str) -> Iterator[Raw]:
+    """Yield the elements of one JSON value; UserError says where it is broken. Each record's line is its number in the array."""
+    text = stream.read()
+    try:
+        value = orjson.loads(text if encoding == UTF8 else text.decode(encoding))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not {encoding} at byte {error.start}; give the right --encoding") from None
+    except (orjson.JSONDecodeError, RecursionError) as error:
+        raise NotOneJson(path, text, error) from None
+    if isinstance(value, dict):
+        lists = [inner for inner in value.values() if isinstance(inner, list)]
+        value = max(lists, key=len) if lists else [value]
+    for number, element in enumerate(value, 1):
+        data = orjson.dumps(element)
+        long = len(data) > MAX_RECORD_BYTES
+        yield Raw(number, data, Unreadable(f"longer than {MAX_RECORD_BYTES} bytes") if long else element)
+
+
+class NotOneJson(UserError):
+    """A JSON array that can't be read; `not_utf8` says that its bytes are no UTF-8."""
+
+    def __init__(self, path: Path, text: bytes, error: Exception):
+        """Say where it is broken."""
+        self.not_utf8 = not _decodes(text)
+        place = ""
+        if isinstance(error, orjson.JSONDecodeError) and not self.not_utf8:
+            place = f", line {error.lineno}, column {error.colno}"
+        what = "is not UTF-8" if self.not_utf8 else f"is broken JSON{place}: {' '.join(str(error).split())[:120]}"
+        super().__init__(f"{path} {what}; mend that place, get the file again, or write one record a line")
+
+
+def _table(path: Path, stream: BinaryIO, encoding: str, delimiter: str) -> Iterator[Raw]:
+    """Yield the rows of a table with a header as objects."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    text = io.TextIOWrapper(stream, encoding, errors="surrogateescape" if encoding == UTF8 else "strict", newline="")
+    rows = csv.DictReader(text, delimiter=delimiter)
+    number = 0
+    while True:
+        try:
+            row = next(rows, None)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}, after row {number}: {error}; mend that place") from None
+        if row is None:
+            return
+        number += 1
+        more = row.pop(None, None)
+        data = delimiter.join(str(value) for value in [*row.values(), *(more or [])] if value is not None)
+        data = data.encode(UTF8, "surrogateescape")
+        whole = more is None and None not in row.values()
+        value = row if whole else Unreadable(f"not {len(row)} columns")
+        yield Raw(number, data, value if _decodes(data) else Unreadable("not UTF-8"))
+
+
+def _parquet(path: Path) -> Iterator[Raw]:
+    """Yield the rows of a Parquet file, read by `datasets`."""
+    from datasets import load_dataset
+
+    try:
+        for number, row in enumerate(load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1):
+            yield Raw(number, orjson.dumps(row, default=str), row)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} can't be read as Parquet: {' '.join(str(error).split())[:200]}") from None
