@@ -1,53 +1,31 @@
-"""What a training costs: parameters, arithmetic, memory and disk, by formula, so that `medasst doctor` can say it beforehand.
+"""What a LoRA or QLoRA training costs, by formula: memory of a card, disk, days. Estimates, and printed as such.
 
-Notation: L layers of width h with MLPs of width i, v rows of vocabulary, b records of t tokens at once, N weights that multiply
-(all but the embedding table), A adapter weights.
+Notation: L layers of width h with MLPs of width i, v rows of vocabulary, b records of t tokens at once.
 
-Arithmetic. A weight costs a token 2 operations (multiply, add) forward and 2 backward for the gradient of its input; a trained one
-2 more for its own gradient, and recomputation (gradient checkpointing, LLaMA-Factory's default) repeats the 2 forward in the layers,
-not in the output head. So a frozen layer weight costs 6, the frozen head 4, a trained layer weight 8; without recomputation 4, 4, 6.
-Attention's two products are like 2 x t x heads x head_dim trained weights a layer (masked halves are computed too). Without
-recomputation a frozen embedding asks for no gradient, so the first layer's q, k, v give none.
-tests/test_training_cost.py compares this with torch's FlopCounterMode around LLaMA-Factory's trainings: equal.
+Memory. At rest the weights (2 bytes; in 4 bits about 0.52, head and embedding stay at 2) and of each adapter weight a
+float32 copy, two moments and the gradient (16). On top every layer's input (2 x b x t x h a layer) and the larger of the
+loss, which holds logits in float32 three times (12 x b x t x v; liger-kernel never holds them), and one layer's backward pass
+(b x t x (14 i + 41 h), counted over torch's operations); without recomputation b x t x (8 i + 28 h) stays of every layer.
+A CUDA context and the allocator's gaps: CUDA_OVERHEAD. Trainings of all weights and spread ones aren't judged.
 
-Memory. At rest: the weights (2 bytes; in 4 bits 0.516 with double quantization, 0.5625 without, head and embedding stay at 2), and
-of each trained weight a float32 copy and two moments (12). Its gradient (4) comes when activations go. On top the larger of:
-- the loss: every layer's input, and logits in float32 three times (log-softmax, its gradient, the gradient behind it),
-  12 x b x t x v: for Qwen2-7B's 152,064 rows 3.5 GiB at 4 x 512, which decides. liger-kernel never holds the logits.
-- one layer's backward pass: every layer's input, and that layer's activations, recomputed.
-Without recomputation the layers' inputs are all their activations. LAYER_BYTES were counted over torch's operations on Qwen2 layers of
-several widths with a LoRA on every linear layer; the test counts again, on the real shape too, to 3 % of the whole. A CUDA
-context and the allocator's gaps come on top (CUDA_OVERHEAD, an assumption until a GPU has been measured); a CPU process has Python
-and its libraries (PROCESS_BYTES).
-
-Time. Operations over a rate that a finished run on this hardware reached; there is no other source, and no guess.
+Time. A frozen weight costs a token 2 operations forward, 2 backward, and 2 more where layers are recomputed (gradient
+checkpointing, LLaMA-Factory's default). What a card reaches of its matrix peak is assumed (REACHED), until one is measured.
 """
 
-import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from medasst_tools.config import read_yaml
 from medasst_tools.files import PROJECT_ROOT
 
 BASE_MODELS = PROJECT_ROOT / "dataset_info" / "base_models.yaml"
 GIB = 1 << 30
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")  # whose layers the formulas below describe
-
-# (per i, per h) and token: while a layer is recomputed and goes backward; kept by a layer without recomputation; on top of
-# what is kept while one goes backward.
-LAYER_BYTES = {
-    "bf16": {"recomputed": (14, 41), "kept": (8, 28), "backward": (6, 20)},
-    "fp32": {"recomputed": (24, 37), "kept": (16, 33), "backward": (8, 4)},
-}
-LOGIT_BYTES = 12
-TRAINED_BYTES, GRADIENT_BYTES = 12, 4  # float32: the weight and two moments; the gradient
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")  # whose layers the formulas describe
 CUDA_OVERHEAD = 0.75 * GIB
-PROCESS_BYTES = 1.2 * GIB
-TOKENISED_BYTES = 13  # a token in the datasets library's cache: input_ids int32, attention_mask int8, labels int64
+PADDED = 1.55  # padded tokens for a useful one at batch 4 (measured 1.45 to 1.67: docs/models.md); packed 1.0
+REACHED = (0.30, 0.55)  # share of the matrix peak, an assumption
+BYTES_A_TOKEN = 4.5  # of UTF-8 Chinese text with Qwen2's tokenizer, where the audit hasn't counted
 
 # Dense bfloat16 (float16 where a card has no bfloat16) matrix peaks in TFLOPS, from the makers' data sheets; nvidia-smi's names.
 CARD_PEAKS = {
@@ -61,14 +39,12 @@ CARD_PEAKS = {
 class ModelShape:
     """What of a config.json decides the cost of a decoder-only model."""
 
-    family: str
     vocabulary: int
     hidden: int
     intermediate: int
     layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    queries: int
+    values: int
     tied: bool
 
     @classmethod
@@ -77,162 +53,85 @@ class ModelShape:
         try:
             if config["model_type"] not in FAMILIES:
                 return None
-            return cls(
-                family=config["model_type"],
-                vocabulary=config["vocab_size"],
-                hidden=config["hidden_size"],
-                intermediate=config["intermediate_size"],
-                layers=config["num_hidden_layers"],
-                heads=config["num_attention_heads"],
-                kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-                head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-                tied=config.get("tie_word_embeddings", config["model_type"] == "gemma"),
-            )
+            heads, hidden = config["num_attention_heads"], config["hidden_size"]
+            width = config.get("head_dim") or hidden // heads
+            tied = config.get("tie_word_embeddings", config["model_type"] == "gemma")
+            kv_heads = config.get("num_key_value_heads") or heads
+            layers, intermediate = config["num_hidden_layers"], config["intermediate_size"]
+            return cls(config["vocab_size"], hidden, intermediate, layers, heads * width, kv_heads * width, tied)
         except (KeyError, TypeError):
             return None
 
     def linear_layers(self) -> list[tuple[int, int]]:
         """Return (in, out) of every linear layer of one decoder layer: q, k, v, o, gate, up, down."""
-        queries, values = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return [
-            (self.hidden, queries),
-            (self.hidden, values),
-            (self.hidden, values),
-            (queries, self.hidden),
-            (self.hidden, self.intermediate),
-            (self.hidden, self.intermediate),
-            (self.intermediate, self.hidden),
-        ]
+        h, i, q, kv = self.hidden, self.intermediate, self.queries, self.values
+        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
 
     @property
     def layer_weights(self) -> int:
-        """The weights of all decoder layers that multiply: no norms, no biases."""
+        """The weights of all decoder layers that multiply."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linear_layers())
 
     @property
-    def head_weights(self) -> int:
-        """The output head, which is the embedding table where they are tied."""
-        return self.vocabulary * self.hidden
+    def table_weights(self) -> int:
+        """The embedding table, and the output head where it is one of its own."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:
-        """All parameters, as a checkpoint has them."""
-        biases = (self.heads + 2 * self.kv_heads) * self.head_dim if self.family == "qwen2" else 0
-        norms = 2 * self.hidden + (2 * self.head_dim if self.family == "qwen3" else 0)
-        tables = self.head_weights * (1 if self.tied else 2)
-        return tables + self.layer_weights + self.layers * (biases + norms) + self.hidden
+        """All parameters, to a thousandth: norms and biases are left out."""
+        return self.layer_weights + self.table_weights
 
     def lora_parameters(self, rank: int) -> int:
         """The adapter's weights, on every linear layer (lora_target: all)."""
         return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linear_layers())
 
 
-@dataclass(frozen=True)
-class Method:
-    """What of a train.yaml decides the cost; the defaults are LLaMA-Factory's."""
-
-    lora_rank: int | None = 8  # None: all weights are trained
-    batch: int = 1
-    cutoff: int = 2048
-    recompute: bool = True
-    mixed: bool = True  # bf16 or fp16; else float32
-    bits: int | None = None
-    double_quantization: bool = True
-    liger: bool = False
-    shards: int = 1  # GPUs over which ZeRO-3 or FSDP spread the weights
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], processes: int = 1) -> "Method":
-        """Read a train.yaml; `processes` is how many train together."""
-        lora = config.get("finetuning_type", "lora") == "lora"
-        stage = zero_settings(config).get("stage")
-        return cls(
-            lora_rank=config.get("lora_rank", 8) if lora else None,
-            batch=config.get("per_device_train_batch_size", 8),
-            cutoff=config.get("cutoff_len", 2048),
-            recompute=not config.get("disable_gradient_checkpointing", False),
-            mixed=bool(config.get("bf16") or config.get("fp16") or config.get("pure_bf16")),
-            bits=config.get("quantization_bit"),
-            double_quantization=config.get("double_quantization", True),
-            liger=bool(config.get("enable_liger_kernel")),
-            shards=processes if stage == 3 or config.get("fsdp") else 1,
-        )
+def known_shape(model: str) -> ModelShape | None:
+    """Return the shape of a hub id that base_models.yaml describes, None of another."""
+    entry = next((one for one in read_yaml(BASE_MODELS) if model in one["ids"]), {})
+    return ModelShape.from_config(entry["config"]) if entry.get("config") else None
 
 
-def zero_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return DeepSpeed's zero_optimization of a train.yaml, which may hold it or name its file; {} without."""
-    deepspeed = config.get("deepspeed")
-    if isinstance(deepspeed, str):
-        try:
-            deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            deepspeed = None
-    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
-    return zero if isinstance(zero, dict) else {}
+def weight_bytes(shape: ModelShape, config: dict[str, Any]) -> float:
+    """Return what the weights take: 2 bytes each, the layers of a base in n bits n/8 and a 64th for the scales."""
+    bits = config.get("quantization_bit")
+    return shape.layer_weights * (bits / 8 + 1 / 64 if bits else 2) + 2 * shape.table_weights
 
 
-def base_config(model: str, path: Path = BASE_MODELS) -> dict[str, Any] | None:
-    """Return what is known of a model id's config.json without the model; None if it isn't in base_models.yaml."""
-    known = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return next((entry.get("config") for entry in known if model in entry["ids"]), None)
+def adapter_parameters(shape: ModelShape, config: dict[str, Any]) -> int:
+    """Return how many weights a LoRA training learns."""
+    return shape.lora_parameters(config.get("lora_rank", 8))
 
 
-def trained_parameters(shape: ModelShape, method: Method) -> int:
-    """Return how many weights learn."""
-    return shape.parameters if method.lora_rank is None else shape.lora_parameters(method.lora_rank)
+def memory_bytes(shape: ModelShape, config: dict[str, Any]) -> float | None:
+    """Return the peak of GPU memory in training (LoRA, QLoRA; None for others) or in use, the weights and a tenth."""
+    if not config.get("do_train"):
+        return 1.1 * weight_bytes(shape, config) + CUDA_OVERHEAD
+    if config.get("finetuning_type", "lora") != "lora" or config.get("deepspeed") or config.get("fsdp"):
+        return None
+    tokens = config.get("per_device_train_batch_size", 8) * config.get("cutoff_len", 2048)
+    per_layer = 14 * shape.intermediate + 41 * shape.hidden
+    kept = shape.layers * 2 * shape.hidden
+    if config.get("disable_gradient_checkpointing"):
+        kept, per_layer = shape.layers * (8 * shape.intermediate + 28 * shape.hidden), 0
+    logits = 0 if config.get("enable_liger_kernel") else 12 * shape.vocabulary
+    resting = weight_bytes(shape, config) + 16 * adapter_parameters(shape, config)
+    return resting + tokens * (kept + max(logits, per_layer)) + CUDA_OVERHEAD
 
 
-def flops_per_token(shape: ModelShape, method: Method, length: float) -> float:
-    """Return the operations that training takes for a token of a sequence of `length`."""
-    passes = 8 if method.recompute else 6
-    attention = shape.layers * 2 * length * shape.heads * shape.head_dim  # a "weight" that both operands train
-    if method.lora_rank is None:
-        return passes * (shape.layer_weights + attention) + 6 * shape.head_weights
-    frozen = (passes - 2) * shape.layer_weights + 4 * shape.head_weights
-    learning = passes * (shape.lora_parameters(method.lora_rank) + attention)
-    if method.recompute:
-        return frozen + learning
-    no_gradient = sum(inputs * outputs + method.lora_rank * inputs for inputs, outputs in shape.linear_layers()[:3])
-    return frozen + learning - 2 * no_gradient
+def checkpoint_bytes(shape: ModelShape, config: dict[str, Any]) -> int:
+    """Return one checkpoint's size: the trained weights in float32 and their two moments."""
+    lora = config.get("finetuning_type", "lora") == "lora"
+    return 12 * (adapter_parameters(shape, config) if lora else shape.parameters)
 
 
-def resting_bytes(shape: ModelShape, method: Method) -> float:
-    """Return what a device holds between two steps: the weights, and the moments of those that learn."""
-    trained = TRAINED_BYTES * trained_parameters(shape, method)
-    if method.lora_rank is None:
-        return trained / method.shards
-    width = 2 if method.mixed else 4
-    layers = width * shape.layer_weights
-    if method.bits:  # one scale a block of 64: float32, or 8 bits with a second level
-        layers = shape.layer_weights * (method.bits / 8 + (1 / 64 if method.double_quantization else 4 / 64))
-    return (layers + width * (shape.parameters - shape.layer_weights) + trained) / method.shards
-
-
-def working_bytes(shape: ModelShape, method: Method, tokens: int) -> float:
-    """Return the most that a step takes on top, for `tokens` padded tokens on the device at once."""
-    width, bytes_of = (2, LAYER_BYTES["bf16"]) if method.mixed else (4, LAYER_BYTES["fp32"])
-
-    def layer(kind: str) -> float:
-        per_i, per_h = bytes_of[kind]
-        return tokens * (per_i * shape.intermediate + per_h * shape.hidden)
-
-    kept = shape.layers * (tokens * shape.hidden * width if method.recompute else layer("kept"))
-    backward = layer("recomputed" if method.recompute else "backward")
-    logits = 0 if method.liger else LOGIT_BYTES * tokens * shape.vocabulary
-    unpacked = max(a * b for a, b in shape.linear_layers()) * width if method.bits else 0
-    gradients = GRADIENT_BYTES * trained_parameters(shape, method) / method.shards
-    return max(kept + max(logits, backward) + unpacked, gradients)
-
-
-def training_bytes(shape: ModelShape, method: Method, *, gpu: bool) -> float:
-    """Return the peak memory of a device (a CPU process) at a batch that is `cutoff` long throughout."""
-    overhead = CUDA_OVERHEAD if gpu else PROCESS_BYTES
-    return resting_bytes(shape, method) + working_bytes(shape, method, method.batch * method.cutoff) + overhead
-
-
-def checkpoint_bytes(shape: ModelShape, method: Method) -> int:
-    """Return one checkpoint's size: the trained weights (float32) and their two moments."""
-    return 12 * trained_parameters(shape, method)
+def seconds_of_training(shape: ModelShape, config: dict[str, Any], tokens: float, peak: float) -> tuple[float, float]:
+    """Return the least and the most seconds for `tokens` useful tokens on cards with `peak` operations a second together."""
+    passes = 4 if config.get("disable_gradient_checkpointing") else 6
+    work = tokens * (passes * shape.layer_weights + 4 * shape.vocabulary * shape.hidden)
+    work *= 1.0 if config.get("packing") or config.get("neat_packing") else PADDED
+    return work / (peak * REACHED[1]), work / (peak * REACHED[0])
 
 
 def card_peak(name: str) -> float | None:
@@ -243,42 +142,3 @@ def card_peak(name: str) -> float | None:
         ):
             return tflops * 1e12
     return None
-
-
-def measured_rates(saves: Path, hardware: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """Return (run, operations a second, operations a step) of the finished runs in `saves` that ran on this hardware.
-
-    run.json has the useful tokens and the seconds; padding is in the seconds and not in the tokens, so the rate is of useful work.
-    """
-    rates = []
-    for path in sorted(saves.glob("*/run.json")):
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            config, tokens, seconds = run["inputs"]["config"], run["tokens"], run["training_seconds"]
-            shape = shape_of(config["model_name_or_path"])
-            if shape is None or run["hardware"] != hardware or not (tokens and seconds):
-                continue
-            method = Method.from_config(config)
-            work = tokens * flops_per_token(shape, method, tokens_a_record(tokens, run, config))
-            rates.append((path.parent.name, work / seconds, work / run["steps"]))
-        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-            continue  # a run of an earlier version, or of something else
-    return rates
-
-
-def tokens_a_record(tokens: int, run: dict[str, Any], config: dict[str, Any]) -> float:
-    """Return a run's mean sequence length: the length at which attention is charged."""
-    records = (
-        run["steps"] * config.get("per_device_train_batch_size", 8) * config.get("gradient_accumulation_steps", 1)
-    )
-    return tokens / records
-
-
-def shape_of(model: str) -> ModelShape | None:
-    """Return a local model's shape from its config.json, a known id's from base_models.yaml, else None."""
-    path = Path(model) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else base_config(model)
-    except (OSError, ValueError):
-        return None
-    return ModelShape.from_config(config) if isinstance(config, dict) else None

@@ -10,15 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from medasst_tools.files import PROJECT_ROOT
 
 CONSTRAINTS = PROJECT_ROOT / "constraints.txt"
 # The oldest driver that a CUDA version's programs run on (NVIDIA's table of minor-version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-OTHER_ACCELERATORS = ("/dev/kfd", "/dev/davinci_manager")  # AMD, Ascend: seen, not judged
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 class Gpu(NamedTuple):
@@ -81,20 +77,8 @@ def driver_problem(driver: str, cuda: str | None) -> str | None:
         return "this torch was built without CUDA; install the ordinary build: `make setup` in a fresh .venv"
     major, oldest = driver.split(".")[0], OLDEST_DRIVER.get(int(cuda.split(".")[0]))
     if oldest and major.isdecimal() and int(major) < oldest:
-        return f"driver {driver} is older than {oldest}, which torch's CUDA {cuda} needs; update the driver"
+        return f"driver {driver} is older than {oldest}, which torch's CUDA {cuda} needs; update the driver, or install torch for an older CUDA: `UV_TORCH_BACKEND=cu126 .venv/bin/uv pip install torch==2.11.0 torchvision torchaudio` (docs/models.md)"
     return None
-
-
-def available_memory() -> int:
-    """Return the bytes that a process can still have: free or reclaimable, within a container's limit."""
-    available = psutil.virtual_memory().available
-    for path in CGROUP_LIMITS:
-        try:
-            limit = int(Path(path).read_text(encoding="ascii"))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-        available = min(available, limit)
-    return available
 
 
 def free_disk(path: Path) -> int:
