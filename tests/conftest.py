@@ -62,12 +62,11 @@ def copy_project(target: Path) -> Path:
         if (ROOT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target / name)
-    venv = target / ".venv"  # its own, as far as make's stamps go
+    venv = target / ".venv"  # its own, as far as make sees
     venv.mkdir()
     for part in Path(sys.prefix).iterdir():
         if not part.name.startswith("."):
             (venv / part.name).symlink_to(part)
-    (venv / ".installed").touch()
     git = ["git", "-C", str(target), "-c", "user.name=test", "-c", "user.email=test@localhost"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "-A"], check=True)
@@ -90,6 +89,9 @@ def make_environment(project: Path) -> dict[str, str]:
         "SHOTS",
         "BACKEND",
         "API_BASE",
+        "RESTART",
+        "READY",
+        "V",
         "API_ARGS",
     )
     kept = {key: value for key, value in os.environ.items() if key not in of_the_outer_make}

@@ -10,8 +10,8 @@ import yaml
 from conftest import ROOT
 
 from medasst_tools.cli import VERBS
-from medasst_tools.data.registry import load_datasets
 from medasst_tools.data.exam_questions import load_protocol
+from medasst_tools.data.registry import load_datasets
 
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ import pytest
 from hub_server import Hub
 
 from medasst_tools.data import download
-from medasst_tools.data.registry import load_datasets
 from medasst_tools.data.exam_questions import load_protocol
+from medasst_tools.data.registry import load_datasets
 
 CORPUS = "tyang816/MedChatZH"
 LINE = (

@@ -7,9 +7,9 @@ import yaml
 from conftest import SAMPLES
 
 from medasst_tools import cli
+from medasst_tools.data.exam_questions import LETTERS, load_protocol, load_subjects, messages
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import exam
-from medasst_tools.data.exam_questions import LETTERS, load_protocol, load_subjects, messages
 from medasst_tools.training.tiny_model import build_tiny_model
 
 PROTOCOL = load_protocol()

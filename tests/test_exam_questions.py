@@ -6,8 +6,8 @@ import zipfile
 import pytest
 from conftest import SAMPLES
 
-from medasst_tools.errors import UserError
 from medasst_tools.data.exam_questions import load_protocol, load_subjects, messages, questions_sha256
+from medasst_tools.errors import UserError
 
 PROTOCOL = load_protocol()
 EXAMS = SAMPLES / "exams"

@@ -13,8 +13,8 @@ import yaml
 from conftest import ROOT, SAMPLES
 from tiny_families import FAMILIES, Family, build
 
-from medasst_tools.evaluation import exam
 from medasst_tools.data.exam_questions import LETTERS, load_protocol, load_subjects
+from medasst_tools.evaluation import exam
 
 ANSWER = "B，多休息。"
 QUESTIONS = [f"第{number}个问题：头痛怎么办？" for number in range(40)]

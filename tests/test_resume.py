@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from medasst_tools import cli
+from medasst_tools.config import load
 from medasst_tools.files import sha256_of
 from medasst_tools.report.figures import read_losses
 from medasst_tools.training import checkpoints, train
@@ -28,7 +29,7 @@ def medasst_in_process(words: list[str], log: Path) -> None:
     from llamafactory.train.tuner import run_exp
 
     def launch_training(args, config, launch, lock=None):
-        run_exp(train.load_config(args.config, [*args.overrides, "include_num_input_tokens_seen=non_padding"]))
+        run_exp(load(args.config, [*args.overrides, "include_num_input_tokens_seen=non_padding"]))
         return 0
 
     train.launch_training = launch_training
@@ -94,29 +95,28 @@ def test_ten_random_kills_change_nothing(killed_run):
     assert whole == killed
 
 
-def test_the_results_of_a_killed_run_cover_the_whole_run(killed_run):
-    whole, killed = (
-        {name: read(killed_run[run], name) for name in ("train_results.json", "run.json")}
-        for run in ("whole", "killed")
-    )
-    ours, theirs = killed["train_results.json"], whole["train_results.json"]
-    assert ours.keys() == theirs.keys()
-    for key in ("epoch", "train_loss", "total_flos", "num_input_tokens_seen"):
-        assert ours.get(key) == pytest.approx(theirs.get(key), rel=1e-6), key
-    assert killed["run.json"]["legs"] >= 6 and whole["run.json"]["legs"] == 1
-    assert killed["run.json"]["steps"] == whole["run.json"]["steps"] == 90
-    assert killed["run.json"]["tokens"] == whole["run.json"]["tokens"] > 0
-    assert killed["run.json"]["seconds"] > ours["train_runtime"] > 0
+def test_the_totals_of_a_killed_run_are_the_whole_runs(killed_run):
+    whole, killed = (read(killed_run[run], "run.json") for run in ("whole", "killed"))
+    assert killed["steps"] == killed["max_steps"] == whole["steps"] == 90
+    assert killed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+    assert killed["tokens"] == whole["tokens"] > 0 and killed["epochs"] == pytest.approx(whole["epochs"])
+    assert len(killed["resumed_from"]) >= 5 and whole["resumed_from"] == []
     losses = [read_losses(killed_run[run] / "trainer_log.jsonl") for run in ("whole", "killed")]
     assert [step for step, _ in losses[0]] == list(range(3, 91, 3))
     assert dict(losses[0]) == pytest.approx(dict(losses[1]), rel=1e-6)
-    rows = [row for row in checkpoints.read_log(killed_run["killed"]) if "loss" in row]
-    assert len(rows) == len({row["current_steps"] for row in rows})
+    modes = {path.stat().st_mode & 0o777 for path in killed_run["killed"].glob("*.safetensors")}
+    assert modes == {0o666 & ~current_umask()}  # readable like every other file
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_a_finished_run_is_not_run_again(killed_run, forkserver, tiny_run):
     before = sha256_of(killed_run["killed"] / "run.json")
-    assert "finished before" in finish(forkserver, tiny_run, "killed").splitlines()[-1]
+    assert "up to date" in finish(forkserver, tiny_run, "killed").splitlines()[-1]
     assert sha256_of(killed_run["killed"] / "run.json") == before
 
 
@@ -124,33 +124,37 @@ def test_a_kill_while_the_finished_model_is_saved(killed_run, forkserver, tiny_r
     """The last checkpoint is there, the final weights are cut short, and run.json isn't written."""
     saves = tiny_run.parent / "saves/saving"
     shutil.copytree(killed_run["whole"], saves)
-    inputs = read(saves, "run.json")["inputs"]
-    inputs["config"]["output_dir"] = str(saves)
-    note = {"inputs": inputs, "legs": 0, "seconds": 0.0, "training_seconds": 0.0, "resumed_from": [], "processes": 1}
-    (saves / "run.started.json").write_text(json.dumps(note | {"leg": {"began": time.time(), "log_rows": 0}}))
+    note = {"made_of": read(saves, "run.json")["made_of"], "resumed_from": [], "processes": 1}
+    (saves / "run.started.json").write_text(json.dumps(note))
     (saves / "run.json").unlink()
     weights = saves / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     said = finish(forkserver, tiny_run, "saving")
     assert "finished from checkpoint-90" in said and "Running training" not in said
     assert sha256_of(weights) == sha256_of(killed_run["whole"] / "adapter_model.safetensors")
-    ours, theirs = read(saves, "train_results.json"), read(killed_run["whole"], "train_results.json")
-    assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-6)
     assert read(saves, "run.json")["tokens"] == read(killed_run["whole"], "run.json")["tokens"]
+
+
+def test_a_base_with_a_nan_ends_the_training_and_is_never_complete(forkserver, tiny_run):
+    """In the real trainer; `medasst train` here has LLaMA-Factory in its own process, so only the outcome is looked at."""
+    from safetensors.numpy import load_file
+
+    base = tiny_run.parent / "nan_base"
+    shutil.copytree(tiny_run.parent / "base", base)
+    weights = load_file(base / "model.safetensors")
+    name = next(key for key in weights if "mlp" in key)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    process, log = start(forkserver, tiny_run, "nan", f"model_name_or_path={base}", "max_steps=6")
+    process.join()
+    assert process.exitcode == 1 and "NaN" in log.read_text(), log.read_text()[-2000:]
+    assert not (tiny_run.parent / "saves/nan/run.json").exists()
 
 
 # ---- which checkpoint is whole --------------------------------------------------------------------------------------
 def cut(path: Path, share: float = 0.5) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-
-
-def flip_byte_in(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-    data[largest.header_offset + 200 + largest.file_size // 2] ^= 0xFF
-    path.write_bytes(bytes(data))
 
 
 DAMAGES = {
@@ -162,7 +166,6 @@ DAMAGES = {
     "weights missing": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no weights"),
     "optimizer cut short": (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is cut short"),
     "optimizer empty": (lambda folder: cut(folder / "optimizer.pt", 0), "optimizer.pt is cut short"),
-    "optimizer has a wrong byte": (lambda folder: flip_byte_in(folder / "optimizer.pt"), "wrong checksum"),
     "optimizer missing": (lambda folder: (folder / "optimizer.pt").unlink(), "no optimizer state"),
     "schedule missing": (lambda folder: (folder / "scheduler.pt").unlink(), "no scheduler.pt"),
     "schedule cut short": (lambda folder: cut(folder / "scheduler.pt", 0.9), "scheduler.pt is cut short"),
@@ -177,7 +180,7 @@ DAMAGES = {
         lambda folder: (folder / "trainer_state.json").write_text('{"global_step": 4}'),
         "of another step",
     ),
-    "half deleted": (lambda folder: [cut(path, 0) for path in folder.iterdir()], "trainer_state.json is missing"),
+    "half deleted": (lambda folder: [cut(path, 0) for path in folder.iterdir()], "adapter_model.safetensors is cut"),
     "a shard missing": (
         lambda folder: (folder / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
@@ -190,14 +193,15 @@ DAMAGES = {
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_last_checkpoint_is_skipped_with_a_warning(killed_run, tmp_path, capsys, damage, message):
     """Of a real run: transformers wrote these."""
+    run = tmp_path / "run"
     for step in (87, 90):
-        shutil.copytree(killed_run["whole"] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-best").mkdir()
-    damage(tmp_path / "checkpoint-90")
-    assert checkpoints.whole_steps(tmp_path) == ([87, 90] if message is None else [87])
+        shutil.copytree(killed_run["whole"] / f"checkpoint-{step}", run / f"checkpoint-{step}")
+    (run / "checkpoint-best").mkdir()
+    damage(run / "checkpoint-90")
+    assert checkpoints.whole_steps(run) == ([87, 90] if message is None else [87])
     said = capsys.readouterr().out
     assert said == "" if message is None else ("warning: " in said and "checkpoint-90" in said and message in said)
-    assert (tmp_path / "checkpoint-best").is_dir()
+    assert (run / "checkpoint-best").is_dir()
 
 
 def make_deepspeed_checkpoint(folder: Path, processes: int) -> None:
@@ -221,11 +225,11 @@ def make_deepspeed_checkpoint(folder: Path, processes: int) -> None:
         (lambda folder: (folder / "rng_state_1.pth").unlink(), "1 of 2 processes' random states"),
     ],
 )
-def test_every_processs_part_of_a_deepspeed_checkpoint_must_be_there(tmp_path, damage, message):
+def test_every_processs_part_of_a_deepspeed_checkpoint_must_be_there(tmp_path, capsys, damage, message):
     make_deepspeed_checkpoint(tmp_path / "checkpoint-5", 2)
     damage(tmp_path / "checkpoint-5")
-    fault = checkpoints.fault_of(tmp_path / "checkpoint-5", processes=2)
-    assert (fault is None) if message is None else (message in fault)
+    assert checkpoints.whole_steps(tmp_path, processes=2) == ([5] if message is None else [])
+    assert message is None or message in capsys.readouterr().out
 
 
 def test_no_two_trainings_in_one_folder(tiny_run, tmp_path, monkeypatch, capsys):
@@ -235,22 +239,3 @@ def test_no_two_trainings_in_one_folder(tiny_run, tmp_path, monkeypatch, capsys)
         fcntl.flock(other, fcntl.LOCK_EX)
         assert cli.main(["train", str(tiny_run), f"output_dir={tmp_path}/run"]) == 2
     assert "is being trained by another process" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("0:00:07", 7), ("1:02:03", 3723), ("1 day, 0:00:01", 86401), ("3 days, 1:00:00", 262800)]
-)
-def test_elapsed_time_of_the_log(text, seconds):
-    assert checkpoints.logged_seconds({"elapsed_time": text}) == seconds
-
-
-def test_losses_of_legs_that_began_between_two_logs():
-    history = [
-        {"step": 4, "loss": 1.0},
-        {"step": 8, "loss": 3.0},
-        {"step": 12, "loss": 2.0},
-        {"train_loss": 9, "step": 12},
-    ]
-    assert checkpoints._logged_losses(history, [], until=12) == (24.0, 12)
-    assert checkpoints._logged_losses(history, [6], until=12) == (4 * 1.0 + 2 * 3.0 + 4 * 2.0, 10)
-    assert checkpoints._logged_losses(history, [6], until=6) == (4.0, 4)

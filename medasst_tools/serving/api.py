@@ -13,12 +13,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from medasst_tools import provenance
+from medasst_tools import console, provenance
 from medasst_tools.config import load
 from medasst_tools.errors import UserError
 from medasst_tools.machine import preflight
 
-LOCAL_HOSTS = ("127.0.0.1", "localhost")
 QUEUE = 64
 TIME_LIMIT = 300.0
 
@@ -36,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    host, port = os.environ.get("API_HOST") or LOCAL_HOSTS[0], _number("API_PORT", 8000)
+    from medasst_tools.serving.api_guard import LOCAL_HOSTS
+
+    host, port = (os.environ.get("API_HOST") or LOCAL_HOSTS[0]).strip("[]"), _number("API_PORT", 8000)
     key, concurrent = os.environ.get("API_KEY"), _number("MAX_CONCURRENT", 1)
     if host not in LOCAL_HOSTS and not key:
         raise UserError(
@@ -49,10 +50,11 @@ def run(args: argparse.Namespace) -> None:
     name = os.environ.get("API_MODEL_NAME") or args.chat_config.resolve().parent.name
     with _bind(host, port) as listener:  # before the model is loaded, which takes a while
         preflight.require(config, args)
-        app = build_app(config, name, key, concurrent, args.queue, args.time_limit)
-        address = f"http://{host}:{listener.getsockname()[1]}/v1"
-        print(f"{address} serves {name}. This is no doctor: say so to who reads it.", flush=True)
-        _server(app).run(sockets=[listener])
+        with console.logged(Path("results") / name / "api.log") as terminal:
+            app = build_app(config, name, key, concurrent, args.queue, args.time_limit)
+            address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+            print(f"This is no doctor: say so to who reads it.\n{name}: {address}", file=terminal, flush=True)
+            _server(app).run(sockets=[listener])
 
 
 def _number(variable: str, default: int) -> int:
@@ -76,7 +78,7 @@ def load_config(path: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    listener = socket.socket()
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -106,9 +108,9 @@ def build_app(
     from llamafactory.api.app import create_app
     from llamafactory.chat import ChatModel
 
-    from medasst_tools.inference.model import StoppableModel
     from medasst_tools.serving.api_guard import ApiGuard
     from medasst_tools.serving.api_requests import prompt_rules
+    from medasst_tools.serving.stoppable_model import StoppableModel
 
     try:
         chat_model = ChatModel(config)

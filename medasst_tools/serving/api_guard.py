@@ -10,17 +10,19 @@ import contextlib
 import hmac
 import json
 import logging
+import re
+import time
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from medasst_tools.inference.model import CURRENT, Generation
-from medasst_tools.serving.api import LOCAL_HOSTS
-from medasst_tools.serving.api_requests import PromptRules, Refused
+from medasst_tools.serving.api_requests import PromptRules, Refused, stops_of
+from medasst_tools.serving.stoppable_model import CURRENT, Generation
 
 logger = logging.getLogger("uvicorn.error")
-CHAT, MODELS = ("POST", "/v1/chat/completions"), ("GET", "/v1/models")
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+CHAT, MODELS, HEALTH = ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/health")
 MAX_BODY = 1 << 20  # bytes: more than the text of 32,768 tokens
 BODY_SECONDS = 30  # for a request to arrive
 SEND_SECONDS = 30  # for a client to take a part of its answer
@@ -50,16 +52,23 @@ class ApiGuard:
                 message = message | {"headers": [*message["headers"], NOTICE]}
             await send(message)
 
+        path = re.sub("/+", "/", scope["path"]).rstrip("/")  # clients join addresses carelessly
+        scope = scope | {"path": path, "raw_path": path.encode()}
         request = Request(scope, receive)
         try:
+            if (request.method, path) == HEALTH:
+                await JSONResponse({"status": "ok"})(scope, receive, send_with_notice)
+                return
             self._check_caller(request)
-            if (request.method, scope["path"]) == CHAT:
+            if (request.method, path) == CHAT:
                 await self._chat(request, send_with_notice)
-            elif (request.method, scope["path"]) == MODELS:
+            elif (request.method, path) == MODELS:
                 await self.app(scope, receive, send_with_notice)
             else:
-                asked = f"{request.method} {scope['path'][:100]}"
-                raise Refused(404, f"No {asked} here; there are {' '.join(CHAT)} and {' '.join(MODELS)}")
+                asked = f"{request.method} {path[:100]}"
+                raise Refused(
+                    404, f"No {asked} here; there are {', '.join(' '.join(one) for one in (CHAT, MODELS, HEALTH))}"
+                )
         except Refused as refused:
             await error_response(refused)(scope, receive, send_with_notice)
         except ClientDisconnect:
@@ -67,7 +76,7 @@ class ApiGuard:
 
     def _check_caller(self, request: Request) -> None:
         # without a key, who calls this machine by its own name, and not a web page whose name was given its address
-        if not self.key and request.headers.get("host", "").partition(":")[0] not in LOCAL_HOSTS:
+        if not self.key and host_name(request.headers.get("host", "")) not in LOCAL_HOSTS:
             raise Refused(403, f"Without an API key only {' and '.join(LOCAL_HOSTS)} are answered, as the host's name")
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if self.key and not (scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self.key)):
@@ -85,11 +94,11 @@ class ApiGuard:
         try:
             body = await read_body(request)
             checked = await asyncio.to_thread(self.rules.for_llamafactory, body)
-            await self._answer(request, json.dumps(checked).encode(), send)
+            await self._answer(request, json.dumps(checked).encode(), Trimmer(stops_of(body)), send)
         finally:
             self.present -= 1
 
-    async def _answer(self, request: Request, body: bytes, send: Send) -> None:
+    async def _answer(self, request: Request, body: bytes, trimmer: "Trimmer", send: Send) -> None:
         """Wait for a slot and let the app answer; the slot is free again when the generation's thread has ended."""
         generation = Generation()
         gone = asyncio.create_task(watch(request.receive, generation))
@@ -104,7 +113,7 @@ class ApiGuard:
             )
             timer = asyncio.get_running_loop().call_later(self.time_limit, generation.stop, late)
             try:
-                await self._run_app(request.scope, body, Reply(request.scope, send, generation))
+                await self._run_app(request.scope, body, Reply(request.scope, send, generation, trimmer))
             finally:
                 timer.cancel()
                 generation.stop(HUNG_UP)
@@ -145,32 +154,77 @@ class ApiGuard:
 
 
 HUNG_UP = Refused(499, "The client hung up")
+STOPPED = Refused(499, "A stop text has come")
+
+
+class Trimmer:
+    """Ends a text at the first of the stop texts, also where that comes in pieces."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self.stops, self.held, self.ended = stops, "", False
+
+    def feed(self, piece: str, last: bool = False) -> str:
+        """Return what of the text so far may be shown; what may be the beginning of a stop text is held back."""
+        if self.ended:
+            return ""
+        self.held += piece
+        places = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        if places:
+            self.ended = True
+            return self.held[: min(places)]
+        kept = 0 if last else max((self._overlap(stop) for stop in self.stops), default=0)
+        shown, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        return next((n for n in range(min(len(stop) - 1, len(self.held)), 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
 class Reply:
     """Hands the app's answer on. If its generation fails the client is told: by a status, or by an event of its stream."""
 
-    def __init__(self, scope: Scope, send: Send, generation: Generation) -> None:
-        self.scope, self.send, self.generation = scope, send, generation
+    def __init__(self, scope: Scope, send: Send, generation: Generation, trimmer: Trimmer) -> None:
+        self.scope, self.send, self.generation, self.trimmer = scope, send, generation, trimmer
         self.started = self.finished = False
+        self.about = {"object": "chat.completion.chunk", "created": int(time.time())}
 
     async def __call__(self, message: Message) -> None:
         """Send a part of the app's answer, or an error in its place."""
         if self.finished:
             return
-        if self.generation.failure:
+        if self.generation.failure and not self.trimmer.ended:
             await self.refuse(self.generation.failure)
         elif message["type"] == "http.response.start":
             if message["status"] >= 400:
                 await self.refuse(Refused(message["status"], "LLaMA-Factory's app refused the request"))
                 return
             self.started = True
-            await self._send(message)
+            headers = [pair for pair in message["headers"] if pair[0] != b"content-length"]  # a stop text shortens it
+            await self._send(message | {"headers": headers})
         else:
-            if self.generation.cut:  # LLaMA-Factory's streams always end with stop
-                message["body"] = message["body"].replace(b'"finish_reason": "stop"', b'"finish_reason": "length"')
             self.finished = not message.get("more_body")
-            await self._send(message)
+            await self._send(message | {"body": self._body(message.get("body", b""))})
+
+    def _body(self, body: bytes) -> bytes:
+        """Return a part of the body: a stream's event, or the whole answer, ended at a stop text and with OpenAI's fields."""
+        start = body.find(b"{")
+        if start < 0 or self.scope["path"] != CHAT[1]:
+            return body
+        end = body.rindex(b"}") + 1
+        answer = json.loads(body[start:end])
+        for choice in answer.get("choices", ()):
+            part = choice.get("delta") or choice.get("message") or {}
+            last = choice.get("finish_reason") is not None
+            if isinstance(part.get("content"), str) or last:
+                part["content"] = self.trimmer.feed(part.get("content") or "", last)
+            if self.trimmer.ended:
+                self.generation.stop(STOPPED)
+                choice["finish_reason"] = choice.get("finish_reason") and "stop"
+            elif last and self.generation.cut:  # LLaMA-Factory's streams always end with stop
+                choice["finish_reason"] = "length"
+        if any("delta" in choice for choice in answer.get("choices", ())):
+            answer |= self.about
+        return body[:start] + json.dumps(answer, ensure_ascii=False).encode() + body[end:]
 
     async def refuse(self, refused: Refused) -> None:
         """End the answer with an error."""
@@ -184,6 +238,11 @@ class Reply:
     async def _send(self, message: Message) -> None:
         async with asyncio.timeout(SEND_SECONDS):
             await self.send(message)
+
+
+def host_name(header: str) -> str:
+    """Return the name in a Host header, without port and brackets."""
+    return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
 
 
 def error_response(refused: Refused) -> JSONResponse:

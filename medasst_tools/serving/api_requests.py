@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MAX_MESSAGES = 512
+MAX_STOPS = 16
 GREEDY_BELOW = 0.01  # a temperature below it is none, as in vLLM: dividing by it gives infinite scores
 # Not supported, and what their value may be all the same: what a client sends that means to leave them alone.
 NOT_SUPPORTED: dict[str, tuple] = {
@@ -24,13 +25,11 @@ NOT_SUPPORTED: dict[str, tuple] = {
     "n": (1,),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
-    "stop": ([], ""),
     "tools": ([],),
     "top_logprobs": (0,),
 }
 INSTEAD = {
     "presence_penalty": "; give repetition_penalty",
-    "stop": "; cut the answer yourself",
     "n": "; ask n times",
 }
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -69,13 +68,18 @@ class TextPart(_Strict):
 class Message(_Strict):
     """One turn."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
 
     @property
     def text(self) -> str:
-        """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """The content as one text; an assistant's may be absent."""
+        return "".join(part.text for part in self.content) if isinstance(self.content, list) else self.content or ""
+
+    @property
+    def speaker(self) -> str:
+        """The role as LLaMA-Factory knows it: OpenAI's developer is the system."""
+        return "system" if self.role == "developer" else self.role
 
 
 class ChatRequest(_Strict):
@@ -89,7 +93,8 @@ class ChatRequest(_Strict):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
+    stop: str | list[str] | None = None
     repetition_penalty: float | None = Field(None, gt=0, le=2)
 
 
@@ -114,8 +119,7 @@ class PromptRules(NamedTuple):
                 param="model",
                 code="model_not_found",
             )
-        turns = [{"role": message.role, "content": message.text} for message in request.messages]
-        _check_order(turns)
+        turns = turns_of(request.messages)
         self._check_control_tokens(turns)
         asked = request.max_tokens or request.max_completion_tokens
         answer = {
@@ -123,11 +127,11 @@ class PromptRules(NamedTuple):
             "messages": turns,
             "stream": bool(request.stream),
             "max_tokens": self._tokens_left(turns, asked),
-            "top_p": request.top_p,
+            "top_p": request.top_p or None,
             "presence_penalty": request.repetition_penalty,  # that is what LLaMA-Factory makes of it
         }
-        if request.temperature is not None:  # else as the experiment's chat.yaml says
-            answer["do_sample"] = request.temperature >= GREEDY_BELOW
+        if request.temperature is not None or request.top_p == 0:  # else as the experiment's chat.yaml says
+            answer["do_sample"] = (request.temperature or 0) >= GREEDY_BELOW and request.top_p != 0
             answer["temperature"] = request.temperature if answer["do_sample"] else None
         return answer
 
@@ -143,18 +147,30 @@ class PromptRules(NamedTuple):
                     )
 
     def _tokens_left(self, turns: list[dict[str, str]], asked: int | None) -> int:
-        """Return how many tokens the answer may have: what was asked, else the experiment's number as far as it fits."""
+        """Return how many tokens the answer may have: what was asked, or the experiment's number, as far as it fits.
+
+        Clients of vLLM send 4096 whatever the model has.
+        """
         system = turns[0]["content"] if turns[0]["role"] == "system" else None
         prompt = len(self.encode(turns[1:] if system is not None else turns, system))
         left = self.positions - prompt
-        if left < (asked or 1):
+        if left < 1:
             raise Refused(
                 400,
-                f"The model has {self.positions} tokens for prompt and answer; the messages take {prompt} and the answer may take {asked or 'at least 1'}",
+                f"The model has {self.positions} tokens for prompt and answer; the messages take {prompt}",
                 param="messages",
                 code="context_length_exceeded",
             )
-        return asked or min(self.max_new_tokens, left)
+        return min(asked or self.max_new_tokens, left)
+
+
+def stops_of(body: bytes) -> list[str]:
+    """Return the texts at which a parsed request's answer ends; Refused if they are no texts, or too many."""
+    stop = ChatRequest.model_validate_json(body).stop
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if len(stops) > MAX_STOPS:
+        raise Refused(400, f"stop has {len(stops)} texts, must have {MAX_STOPS} at most", param="stop")
+    return [text for text in stops if text]
 
 
 def parse(body: bytes) -> ChatRequest:
@@ -179,18 +195,27 @@ def parse(body: bytes) -> ChatRequest:
     return request
 
 
-def _check_order(turns: list[dict[str, str]]) -> None:
+def turns_of(messages: list[Message]) -> list[dict[str, str]]:
+    """Return the turns that LLaMA-Factory takes; Refused if they don't alternate or don't end with a question.
+
+    A greeting of the assistant before the first question is left out: no dialogue that the model learnt from has one.
+    """
+    turns = [{"role": message.speaker, "content": message.text} for message in messages]
     first = 1 if turns[0]["role"] == "system" else 0
-    for number, turn in enumerate(turns[first:]):
-        expected = ("user", "assistant")[number % 2]
+    greeted = len(turns) > first and turns[first]["role"] == "assistant"
+    for number, turn in enumerate(turns[first + greeted :]):
+        expected, place = ("user", "assistant")[number % 2], first + greeted + number
         if turn["role"] != expected:
             raise Refused(
                 400,
-                f"messages.{first + number}.role is {turn['role']}, must be {expected}: after an optional system message, user and assistant take turns",
-                param=f"messages.{first + number}.role",
+                f"messages.{place}.role is {turn['role']}, must be {expected}: after an optional system message, user and assistant take turns",
+                param=f"messages.{place}.role",
             )
+        if expected == "user" and messages[place].content is None:
+            raise Refused(400, f"messages.{place}.content is null, must be text", param=f"messages.{place}.content")
     if turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
         raise Refused(400, "The last message must be the user's, and not blank", param=f"messages.{len(turns) - 1}")
+    return turns[:first] + turns[first + greeted :]
 
 
 def prompt_rules(chat_model, model_name: str) -> PromptRules:
