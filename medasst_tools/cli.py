@@ -6,6 +6,7 @@ of the verb that was typed is imported, so that `medasst --help` answers at once
 
 import argparse
 import importlib
+import re
 import sys
 
 from medasst_tools.errors import CheckFailed, UserError
@@ -84,11 +85,22 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the parsed command line; `key=value` overrides may also stand behind options, where argparse alone loses them."""
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    parser = build_parser(verb if verb in VERBS else None)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "overrides") and all(re.match(r"[A-Za-z_][\w.]*=", word) for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit status: 0 done, 1 a check failed, 2 a user's mistake, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    verb = next((word for word in argv if not word.startswith("-")), None)
-    args = build_parser(verb if verb in VERBS else None).parse_args(argv)
+    args = parse(argv)
     try:
         return importlib.import_module(VERBS[args.verb][0]).run(args) or 0
     except CheckFailed as failed:

@@ -594,4 +594,4 @@ def test_the_docs_limits_and_commands_are_the_codes(name):
     source = "".join((ROOT / "medasst_tools/serving" / module).read_text() for module in ("api_guard.py", "api_requests.py", "stoppable_model.py"))  # fmt: skip
     assert len(codes) >= 7 and codes == set(re.findall(r'code="(\w+)"', source)) - {"request_too_large"}
     for verb, options in re.findall(r"^medasst (\w+) (.+)$", text, re.MULTILINE):
-        cli.build_parser(verb).parse_args([verb, *options.split()])
+        cli.parse([verb, *options.split()])

@@ -11,10 +11,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import yaml
 
 from medasst_tools import cli
 from medasst_tools.evaluation.score import join_test_sets, read_predictions
-from medasst_tools.inference.endpoint import Answers
+from medasst_tools.inference.answers import AnswerStore
 
 KEY = "sk-secret-of-this-test"
 RECORDS = {
@@ -149,14 +150,21 @@ def data_dir(tmp_path):
     for name, records in RECORDS.items():
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    info = {name: {"file_name": f"{name}.jsonl"} for name in RECORDS}
+    columns = {"prompt": "instruction", "query": "input", "response": "output"}
+    info = {"a_test": {"file_name": "a_test.jsonl", "columns": columns}}
+    info["b_test"] = {"file_name": "b_test.jsonl", "columns": columns | {"history": "history"}}
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     return folder
 
 
 def words(endpoint, data_dir, *more: str) -> list[str]:
-    out = str(data_dir.parent / "out/generated_predictions.jsonl")
-    return ["predict", "--api-base", endpoint.base, "--data-dir", str(data_dir), "--datasets", "a_test,b_test", "--out", out, *more]  # fmt: skip
+    config = {
+        "model_name_or_path": "owner/elsewhere", "template": "qwen", "do_predict": True, "predict_with_generate": True,
+        "dataset_dir": str(data_dir), "eval_dataset": "a_test,b_test", "output_dir": str(data_dir.parent / "out"), "use_cpu": True,
+    }  # fmt: skip
+    path = data_dir.parent / "predict.yaml"
+    path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    return ["predict", str(path), "--api-base", endpoint.base, *more]
 
 
 def rows(data_dir) -> list[dict]:
@@ -174,21 +182,23 @@ def expected(system: str | None = None) -> list[str]:
     return answers
 
 
-def partial(data_dir):
-    return data_dir.parent / "out/.generated_predictions.jsonl.partial"
+def kept_answers(data_dir):
+    return data_dir.parent / "out/answers/predict.jsonl"
 
 
-def test_in_order_greedy_as_asked_and_readable_by_score(endpoint, data_dir, capsys):
+def test_in_order_greedy_as_asked_and_readable_by_score(endpoint, data_dir, capfd):
     endpoint.script = lambda question, attempt: time.sleep(0.05 if question == "问题0" else 0) or 200
-    assert cli.main(words(endpoint, data_dir, "--system", "助手", "--max-tokens", "7", "--concurrency", "4")) == 0
+    assert cli.main(words(endpoint, data_dir, "default_system=助手", "max_new_tokens=7", "--concurrency", "4")) == 0
     assert [row["predict"] for row in rows(data_dir)] == expected("助手")
     assert {(r["model"], r["temperature"], r["max_tokens"]) for r in endpoint.requests} == {("medasst", 0, 7)}
     assert 2 <= endpoint.most_at_once <= 4
     out = data_dir.parent / "out/generated_predictions.jsonl"
     test_sets = {name: data_dir / f"{name}.jsonl" for name in RECORDS}
-    joined = list(join_test_sets(read_predictions(out), test_sets, out))
-    assert len(joined) == 25 and not any(cut for _, _, cut in joined)
-    assert "tokens/s" in capsys.readouterr().out and not partial(data_dir).exists()
+    sizes, cut = join_test_sets(list(read_predictions(out)), test_sets, out)
+    assert sizes == {"a_test": 20, "b_test": 5} and not any(cut)
+    record = json.loads((data_dir.parent / "out/predictions.json").read_text())
+    assert record["datasets"] == sizes and record["made_of"]["settings"]["endpoint"] == endpoint.base
+    assert "tokens/s" in capfd.readouterr().err
 
 
 def test_failures_that_pass_are_retried(endpoint, data_dir):
@@ -215,9 +225,9 @@ def test_a_killed_run_goes_on(endpoint, data_dir):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = {request["messages"][-1]["content"] for request in endpoint.requests}
-    kept = len(Answers(partial(data_dir)).by_key)
+    kept = len(AnswerStore(kept_answers(data_dir)).answers)
     assert kept >= 5 and not (data_dir.parent / "out/generated_predictions.jsonl").exists()
-    with partial(data_dir).open("ab") as file:
+    with kept_answers(data_dir).open("ab") as file:
         file.write(b'{"key": "cut in the mid')
     endpoint.requests.clear()
     endpoint.script = lambda question, attempt: 200
@@ -236,7 +246,7 @@ def test_what_was_asked_otherwise_is_asked_again(endpoint, data_dir):
     endpoint.script = lambda question, attempt: 200
     assert cli.main(words(endpoint, data_dir)) == 0
     assert sorted(request["messages"][-1]["content"] for request in endpoint.requests) == ["再问5", "另问7\n补充"]
-    assert cli.main(words(endpoint, data_dir, "--max-tokens", "9")) == 0
+    assert cli.main(words(endpoint, data_dir, "max_new_tokens=9")) == 0
     assert len(endpoint.requests) == 2 + 25
 
 
@@ -244,7 +254,7 @@ def test_a_refused_record_costs_no_other(endpoint, data_dir, capsys):
     endpoint.script = lambda question, attempt: 400 if question == "再问2" else 200
     assert cli.main(words(endpoint, data_dir)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"refused 1 of 25 records, first {data_dir}/b_test.jsonl, line 2: status 400" in said
+    assert "refused 1 of 25 records, first b_test, record 2: status 400" in said
     assert not (data_dir.parent / "out/generated_predictions.jsonl").exists()
     endpoint.requests.clear()
     assert cli.main(words(endpoint, data_dir, "--empty-if-refused")) == 0
@@ -255,7 +265,7 @@ def test_a_refused_record_costs_no_other(endpoint, data_dir, capsys):
 def test_an_answer_without_text_is_refused(endpoint, data_dir, capsys, what):
     endpoint.script = lambda question, attempt: what if question == "再问2" else 200
     assert cli.main(words(endpoint, data_dir)) == 1
-    assert "b_test.jsonl, line 2: the answer holds no text" in capsys.readouterr().err.splitlines()[-1]
+    assert "b_test, record 2: the answer holds no text" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_address_that_is_no_api(endpoint, data_dir, capsys):
@@ -270,7 +280,7 @@ def test_an_endpoint_that_breaks_down_keeps_the_answers(endpoint, data_dir, caps
     assert cli.main(words(endpoint, data_dir, "--concurrency", "1")) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "the endpoint failed (status 500)" in said and "the same command goes on" in said
-    assert len(Answers(partial(data_dir)).by_key) == 21
+    assert len(AnswerStore(kept_answers(data_dir)).answers) == 21
 
 
 @pytest.mark.parametrize(
@@ -281,10 +291,10 @@ def test_an_endpoint_that_breaks_down_keeps_the_answers(endpoint, data_dir, caps
         (["--api-base", "http://127.0.0.1:9/v1"], KEY, "http://127.0.0.1:9/v1: can't be reached"),
         ([], "sk-wrong", "wrong or missing key: set API_KEY or OPENAI_API_KEY (Incorrect API key: Bearer ***)"),
         ([], None, "wrong or missing key: set API_KEY or OPENAI_API_KEY"),
-        (["--datasets", "c_test"], KEY, "no dataset 'c_test'"),
-        (["--data-dir", "nowhere"], KEY, "no nowhere/dataset_info.json"),
+        (["eval_dataset=c_test"], KEY, "no dataset 'c_test'"),
+        (["dataset_dir=nowhere"], KEY, "no nowhere/dataset_info.json"),
         (["--concurrency", "0"], KEY, "--concurrency must be 1 or more"),
-        (["--max-tokens", "0"], KEY, "--max-tokens is 0, must be 1 or more"),
+        (["max_new_token=5"], KEY, "unknown key 'max_new_token'; did you mean 'max_new_tokens'?"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(endpoint, data_dir, capsys, monkeypatch, more, key, message):
