@@ -1,4 +1,4 @@
-"""medasst compare: the paired bootstrap and McNemar's test against known outcomes, and what can't be compared."""
+"""medasst compare: known outcomes, the table's own difference, and what doesn't belong together."""
 
 import hashlib
 import json
@@ -8,32 +8,37 @@ import numpy as np
 import pytest
 
 from medasst_tools import cli
-from medasst_tools.evaluation.compare import bootstrap_p, compare_folders, verdict
+from medasst_tools.evaluation.compare import compare_folders, verdict
+from medasst_tools.evaluation.score import metric_names
 
-METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
+FACTS = {"shots": 0, "orders": 1, "prompt": "llamafactory-zh", "exam_version": 1, "questions_sha256": "ab" * 32}
 
 
-def write_lines(path: Path, records: list[dict]) -> None:
+def write_lines(path: Path, records: list[dict]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_dialogues(folder: Path, values: list[float], labels: list[str] | None = None) -> Path:
     labels = labels or [f"答案{number}" for number in range(len(values))]
-    write_lines(folder / "generated_predictions.jsonl", [{"prompt": "", "predict": "", "label": x} for x in labels])
-    write_lines(folder / "per_record.jsonl", [dict.fromkeys(METRICS, value) for value in values])
-    digest = hashlib.sha256((folder / "generated_predictions.jsonl").read_bytes()).hexdigest()
-    (folder / "scores.json").write_text(json.dumps({"predictions": {"sha256": digest}}), encoding="utf-8")
+    rows = [{"prompt": f"问{at}|", "predict": "", "label": x} for at, x in enumerate(labels)]
+    predictions = write_lines(folder / "generated_predictions.jsonl", rows)
+    per_record = write_lines(folder / "per_record.jsonl", [dict.fromkeys(metric_names(), value) for value in values])
+    scores = {"predictions": predictions, "outputs": {"per_record.jsonl": per_record}, "made_of": {}}
+    (folder / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
     return folder
 
 
-def write_exam(folder: Path, right: str) -> Path:
-    """Write one question a character: 1 answered right, 0 wrong."""
-    facts = {"benchmark": "cmmlu", "subject": "anatomy", "answer": "A"}
-    write_lines(
-        folder / "exam.jsonl",
-        [facts | {"id": str(n), "predicted": "A" if x == "1" else "B"} for n, x in enumerate(right)],
-    )
+def write_exam(folder: Path, **right: str) -> Path:
+    """Write one question a character for each benchmark: 1 answered right, 0 wrong."""
+    rows = [
+        {"benchmark": name, "subject": "anatomy", "answer": "A", "id": str(n), "predicted": "A" if x == "1" else "B"}
+        for name, marks in right.items()
+        for n, x in enumerate(marks)
+    ]
+    digest = write_lines(folder / "exam.jsonl", rows)
+    (folder / "exam.json").write_text(json.dumps(FACTS | {"outputs": {"exam.jsonl": digest}}), encoding="utf-8")
     return folder
 
 
@@ -45,32 +50,25 @@ def write_exam(folder: Path, right: str) -> Path:
         ([10.0] * 50, [12.5] * 50, -2.5, 0, 0, "b"),
         ([11.0, 9.0] * 25, [10.0] * 50, 0, 0.5, 0, "no difference shown"),
         ([14.0, 9.0] * 25, [10.0] * 50, 1.5, 0.5, 0, "a"),
+        ([50.0], [0.0], 50, 1, 0, "no difference shown"),  # of one record nothing is known
     ],
 )
 def test_dialogues(tmp_path, a, b, difference, wins, ties, better):
     report = compare_folders(write_dialogues(tmp_path / "a", a), write_dialogues(tmp_path / "b", b))["dialogues"]
-    for metric in METRICS:
-        row = report[metric]
+    for row in report["metrics"].values():
         assert (row["difference"], row["wins"], row["ties"]) == (difference, wins, ties)
-        assert row["ci95"][0] <= difference <= row["ci95"][1]
-        assert verdict(row["difference"], row["p"]) == better
+        assert row["ci95"] is None if len(a) == 1 else row["ci95"][0] <= difference <= row["ci95"][1]
+        assert verdict(row) == better
 
 
-def test_interval_is_that_of_the_mean_difference(tmp_path):
+def test_interval_and_power_are_those_of_the_mean_difference(tmp_path):
     values = np.random.default_rng(1).normal(1, 3, 2000)
     report = compare_folders(
         write_dialogues(tmp_path / "a", list(values)), write_dialogues(tmp_path / "b", [0.0] * 2000)
-    )
-    error = 1.96 * values.std() / np.sqrt(2000)
-    expected = [values.mean() - error, values.mean() + error]
-    assert report["dialogues"]["bleu-4"]["ci95"] == pytest.approx(expected, abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("resampled", "p"), [([1, 1, 1], 0.5), ([-1, 1, 1], 1.0), ([0, 0, 0], 1.0), ([1] * 9999, 0.0002)]
-)
-def test_p_value(resampled, p):
-    assert bootstrap_p(np.array(resampled)) == pytest.approx(p)
+    )["dialogues"]["metrics"]["bleu-4"]
+    error = values.std() / np.sqrt(2000)
+    assert report["ci95"] == pytest.approx([values.mean() - 1.96 * error, values.mean() + 1.96 * error], abs=0.02)
+    assert report["visible"] == pytest.approx(2.8016 * error, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -83,46 +81,62 @@ def test_p_value(resampled, p):
     ],
 )
 def test_exams(tmp_path, a, b, only_a, only_b, p):
-    report = compare_folders(write_exam(tmp_path / "a", a), write_exam(tmp_path / "b", b))["exam"]
-    assert (report["only_a"], report["only_b"], report["n"]) == (only_a, only_b, len(a))
-    assert report["p"] == pytest.approx(p)
+    report = compare_folders(write_exam(tmp_path / "a", cmmlu=a), write_exam(tmp_path / "b", cmmlu=b))["exam"]
+    row = report["benchmarks"]["cmmlu"]
+    assert (row["only_a"], row["only_b"], row["n"]) == (only_a, only_b, len(a))
+    assert row["p"] == pytest.approx(p)
+
+
+def test_the_exams_difference_is_the_tables(tmp_path):
+    """1000/1325 and 60/90 against 1040/1325 and 33/90: pooled it would be -0.92."""
+    a = write_exam(tmp_path / "a", cmmlu="1" * 1000 + "0" * 325, ceval="1" * 60 + "0" * 30)
+    b = write_exam(tmp_path / "b", cmmlu="1" * 1040 + "0" * 285, ceval="1" * 33 + "0" * 57)
+    report = compare_folders(a, b)["exam"]
+    assert report["average"]["difference"] == pytest.approx(13.49, abs=0.005)
+    low, high = report["average"]["ci95"]
+    assert 8 < low < 13.49 < high < 19
+    assert (verdict(report["benchmarks"]["cmmlu"]), verdict(report["benchmarks"]["ceval"])) == ("b", "a")
+
+
+def test_secondary_scores_are_judged_only_where_the_primary_differs(tmp_path):
+    a, b = write_dialogues(tmp_path / "a", [10.0] * 50), write_dialogues(tmp_path / "b", [10.0] * 50)
+    report = compare_folders(write_exam(a, cmmlu="1" * 40), write_exam(b, cmmlu="0" * 40))
+    assert report["exam"]["benchmarks"]["cmmlu"]["p"] < 1e-9
+    assert verdict(report["exam"]["benchmarks"]["cmmlu"]) == "no difference shown"
 
 
 def test_command(tmp_path, capsys):
     for name, value in (("a", 12.0), ("b", 10.0)):
-        write_exam(write_dialogues(tmp_path / name, [value] * 30), "1" if name == "a" else "0")
+        write_exam(write_dialogues(tmp_path / name, [value] * 30), cmmlu="1" if name == "a" else "0")
     words = ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "compare.json")]
     assert cli.main(words) == 0
     assert "bleu-4     +2.00 [+2.00, +2.00]  p 0.0002" in capsys.readouterr().out
-    assert json.loads((tmp_path / "compare.json").read_text())["exam"]["only_a"] == 1
+    assert json.loads((tmp_path / "compare.json").read_text())["exam"]["benchmarks"]["cmmlu"]["only_a"] == 1
 
 
-def other_labels(folder: Path) -> None:
-    write_dialogues(folder, [1.0, 2.0], ["别的", "答案1"])
-
-
-def shorter(folder: Path) -> None:
-    write_dialogues(folder, [1.0])
-
-
-def predicted_again(folder: Path) -> None:
-    with (folder / "generated_predictions.jsonl").open("a") as file:
-        file.write('{"predict": "", "label": ""}\n')
+def change(file: Path, **facts) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (other_labels, "different labels in line 1"),
-        (shorter, "ends after 1 records"),
-        (predicted_again, "isn't what"),
-        (lambda folder: write_exam(folder, "111"), "different questions (cmmlu/anatomy/2)"),
+        (lambda folder: write_dialogues(folder, [1.0, 2.0], ["别的", "答案1"]), "different labels in line 1"),
+        (lambda folder: write_dialogues(folder, [1.0]), "ends after 1 records"),
+        (lambda folder: (folder / "generated_predictions.jsonl").write_text('{"predict": "", "label": ""}\n'), "of other predictions than"),
+        (lambda folder: (folder / "per_record.jsonl").write_text('{"bleu-4": 100.0}\n' * 2), "per_record.jsonl isn't what"),
+        (lambda folder: change(folder / "scores.json", outputs={}), "per_record.jsonl isn't what"),
+        (lambda folder: write_exam(folder, cmmlu="111"), "different questions (cmmlu/anatomy/2)"),
+        (lambda folder: change(folder / "exam.json", shots=5), "examined with other shots (0 and 5)"),
+        (lambda folder: change(folder / "exam.json", orders=4), "examined with other orders (1 and 4)"),
+        (lambda folder: change(folder / "exam.json", questions_sha256="cd" * 32), "examined with other questions_sha256"),
+        (lambda folder: (folder / "exam.jsonl").write_text("{}\n"), "was changed since"),
         (lambda folder: folder.rename(folder.with_name("gone")), "no folder"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_compared(tmp_path, capsys, spoil, message):
     for name in ("a", "b"):
-        write_exam(write_dialogues(tmp_path / name, [1.0, 2.0]), "10")
+        write_exam(write_dialogues(tmp_path / name, [1.0, 2.0]), cmmlu="10")
     spoil(tmp_path / "b")
     assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert message in capsys.readouterr().err

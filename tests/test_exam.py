@@ -40,7 +40,8 @@ def prompts_of(subject, loaded, shots):
     model, tokenizer, template = loaded
     encode = lambda turns: template.encode_oneturn(tokenizer, turns)[0]  # noqa: E731
     return [
-        exam.make_prompt(question, subject, shots, PROTOCOL["prompt"], encode, 4096) for question in subject.questions
+        exam.make_prompt(question, subject, shots, next(iter(PROTOCOL["prompts"].values())), encode, 4096)
+        for question in subject.questions
     ]
 
 
@@ -67,7 +68,8 @@ def test_same_answers_as_llamafactorys_evaluator(loaded, shots):
             model, prompts, evaluator.choice_inputs, tokenizer.pad_token_id
         ):
             ours |= {
-                p.question.id: exam._row(p, probs)["predicted"] for p, probs in zip(batch, probabilities, strict=True)
+                p.question.id: exam._row(p.question, 0, probs, 0)["predicted"]
+                for p, probs in zip(batch, probabilities, strict=True)
             }
         assert [ours[prompt.question.id] for prompt in prompts] == theirs
 
@@ -100,20 +102,33 @@ def test_examples_go_before_the_question_does(loaded):
     subject = SUBJECTS[0]
     encode = lambda turns: template.encode_oneturn(tokenizer, turns)[0]  # noqa: E731
     lengths = [
-        len(encode(messages(subject.questions[0], subject.examples[:shots], subject.chinese_name, PROTOCOL["prompt"])))
+        len(
+            encode(
+                messages(
+                    subject.questions[0],
+                    subject.examples[:shots],
+                    subject.chinese_name,
+                    next(iter(PROTOCOL["prompts"].values())),
+                )
+            )
+        )
         for shots in range(6)
     ]
-    prompt = exam.make_prompt(subject.questions[0], subject, 5, PROTOCOL["prompt"], encode, lengths[3])
+    prompt = exam.make_prompt(
+        subject.questions[0], subject, 5, next(iter(PROTOCOL["prompts"].values())), encode, lengths[3]
+    )
     assert (len(prompt.ids), prompt.dropped) == (lengths[3], 2)
     with pytest.raises(UserError, match="don't fit the model's"):
-        exam.make_prompt(subject.questions[0], subject, 5, PROTOCOL["prompt"], encode, lengths[0] - 1)
+        exam.make_prompt(
+            subject.questions[0], subject, 5, next(iter(PROTOCOL["prompts"].values())), encode, lengths[0] - 1
+        )
 
 
 def run_exam(chat_config, out, *words) -> int:
     return cli.main(["exam", str(chat_config), "--exams-dir", str(SAMPLES / "exams"), "--out", str(out), *words])
 
 
-def test_a_killed_exam_goes_on(chat_config, tmp_path, monkeypatch, capsys):
+def test_a_killed_exam_goes_on(chat_config, tmp_path, monkeypatch, capfd):
     assert run_exam(chat_config, tmp_path / "whole") == 0
     real = exam._probabilities
     calls = []
@@ -127,14 +142,93 @@ def test_a_killed_exam_goes_on(chat_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(exam, "_probabilities", killed_on_the_fifth)
     assert run_exam(chat_config, tmp_path / "resumed") == 130
     assert not (tmp_path / "resumed/exam.json").exists()
-    with (tmp_path / "resumed" / exam.PARTIAL).open("ab") as partial:
-        partial.write(b'{"benchmark": "cmm')  # cut in the middle of a line
+    with (tmp_path / "resumed/answers/exam.jsonl").open("ab") as kept:
+        kept.write(b'{"key": "cut in the mid')
     assert run_exam(chat_config, tmp_path / "resumed") == 0
-    assert "going on after" in capsys.readouterr().out
+    assert "going on" in capfd.readouterr().err
     assert len(calls) == 5 + 9 - 4  # nothing answered twice: nine subjects, one batch each
     for file in ("exam.jsonl", "exam.json"):
         assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-    assert not (tmp_path / "resumed" / exam.PARTIAL).exists()
+
+
+def test_only_what_differs_is_asked_again(chat_config, tmp_path, monkeypatch, capsys):
+    """A comment, generation settings, a limit: nothing. Another system prompt: everything."""
+    calls = []
+    real = exam._probabilities
+    monkeypatch.setattr(exam, "_probabilities", lambda *args: calls.append(1) or real(*args))
+    assert run_exam(chat_config, tmp_path / "out") == 0 and len(calls) == 9
+    assert run_exam(chat_config, tmp_path / "out") == 0
+    assert "up to date" in capsys.readouterr().out.splitlines()[-1]
+    text = chat_config.read_text(encoding="utf-8")
+    other = tmp_path / "chat.yaml"
+    other.write_text(text + "max_new_tokens: 7  # another number\n# a comment\n", encoding="utf-8")
+    assert run_exam(other, tmp_path / "out") == 0 and len(calls) == 9
+    assert run_exam(other, tmp_path / "out", "--limit", "1") == 0 and len(calls) == 9
+    other.write_text(text.replace("你是医疗助手。", "请回答。"), encoding="utf-8")
+    assert run_exam(other, tmp_path / "out", "--limit", "1") == 0 and len(calls) == 18
+
+
+def test_nan_is_no_answer(chat_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exam, "_probabilities", lambda model, suffixes, *_: [[float("nan")] * 4 for _ in suffixes])
+    assert run_exam(chat_config, tmp_path) == 1
+    assert "answers with NaN" in capsys.readouterr().err and not (tmp_path / "exam.json").exists()
+
+
+def rigged(answer):
+    """A model whose probabilities come from the question as it was asked: answer(prompt) -> letter."""
+
+    def answers(config, subjects, missing, shots, wording):
+        for question, order in sorted(missing):
+            asked = exam.rotated(question, order)
+            letter = answer(asked)
+            yield exam.Prompt(question, [], 0, order), [0.7 if one == letter else 0.1 for one in LETTERS]
+
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("answer", "all_orders", "debiased", "wrong_a"),
+    [(lambda asked: "A", 0, None, 1.0), (lambda asked: asked.answer, 100, 100, 0)],
+    ids=["always A", "knows everything"],
+)
+def test_orders_of_rigged_models(chat_config, tmp_path, monkeypatch, answer, all_orders, debiased, wrong_a):
+    monkeypatch.setattr(exam, "_answers", rigged(answer))
+    assert run_exam(chat_config, tmp_path, "--orders", "4") == 0
+    report = json.loads((tmp_path / "exam.json").read_text(encoding="utf-8"))
+    orders = report["by_order"]
+    assert orders["all_orders"]["percent"] == all_orders and orders["wrong_letters"]["A"] == wrong_a
+    assert debiased is None or orders["debiased"]["percent"] == debiased
+    assert len(orders["accuracy"]) == 4 and sum(orders["accuracy"]) == pytest.approx(
+        400 if all_orders else 100, abs=1e-6
+    )
+    lines = (tmp_path / "exam_orders.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4 * report["n"] == 4 * len((tmp_path / "exam.jsonl").read_text(encoding="utf-8").splitlines())
+
+
+def test_four_orders_of_the_real_model(chat_config, tmp_path, monkeypatch):
+    """The first order's rows are those of one order, and the shared beginning is computed once a subject."""
+    assert run_exam(chat_config, tmp_path / "one") == 0
+    begun = []
+    real = exam._common_prefix
+    monkeypatch.setattr(exam, "_common_prefix", lambda sequences: begun.append(len(sequences)) or real(sequences))
+    assert run_exam(chat_config, tmp_path / "four", "--orders", "4") == 0
+    assert len(begun) == 9
+    rows = [
+        json.loads((tmp_path / name / "exam.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        for name in ("one", "four")
+    ]
+    assert rows[0]["predicted"] == rows[1]["predicted"]
+    assert rows[0]["probs"] == pytest.approx(rows[1]["probs"], abs=1e-5)
+
+
+def test_prompts(chat_config, tmp_path, capsys):
+    assert len(PROTOCOL["prompts"]) >= 3
+    for name in PROTOCOL["prompts"]:
+        assert run_exam(chat_config, tmp_path, "--limit", "1", "--prompt", name) == 0
+        report = json.loads((tmp_path / "exam.json").read_text(encoding="utf-8"))
+        assert report["prompt"] == name and f"|prompt:{name}|" in report["signature"]
+    assert run_exam(chat_config, tmp_path, "--prompt", "plain-hz") == 2
+    assert "did you mean 'plain-zh'?" in capsys.readouterr().err
 
 
 def test_what_is_written(chat_config, tmp_path):
@@ -146,6 +240,14 @@ def test_what_is_written(chat_config, tmp_path):
         assert set(row) == {"benchmark", "subject", "id", "answer", "predicted", "probs"}
         assert sum(row["probs"].values()) == pytest.approx(1) and row["probs"][row["predicted"]] == max(
             row["probs"].values()
+        )
+    for name, entry in report["by_subject"].items():
+        mine = [row for row in rows if f"{row['benchmark']}/{row['subject']}" == name]
+        right = sum(row["predicted"] == row["answer"] for row in mine)
+        assert (entry["n"], entry["correct"], entry["accuracy"]) == (
+            len(mine),
+            right,
+            pytest.approx(100 * right / len(mine)),
         )
     for name in ("cmmlu", "ceval"):
         of_benchmark = [row for row in rows if row["benchmark"] == name]
@@ -163,6 +265,7 @@ def test_what_is_written(chat_config, tmp_path):
         ("a: [", "is not YAML"),
         ("template: qwen", "says no model_name_or_path"),
         ("model_name_or_path: x\ntemplate: qwen\nstage: sft\n", "give the experiment's chat.yaml"),
+        ("model_name_or_path: x\ntemplate: qwem\n", "no template 'qwem'; did you mean 'qwen'?"),
         ("model_name_or_path: saves/none\ntemplate: qwen\n", "`make train EXPERIMENT=none` makes it"),
     ],
 )
@@ -172,33 +275,3 @@ def test_a_wrong_config_is_named(tmp_path, capsys, text, message):
         path.write_text(text, encoding="utf-8")
     assert run_exam(path, tmp_path / "out") == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("correct", "n"), [(0, 10), (5, 10), (10, 10), (82, 90), (1170, 1325)])
-def test_wilson_intervals_are_scipys(correct, n):
-    from scipy.stats import binomtest
-
-    interval = binomtest(correct, n).proportion_ci(method="wilson")
-    assert exam.wilson(correct, n) == pytest.approx([100 * interval.low, 100 * interval.high], abs=1e-4)
-
-
-def row(predicted, answer, confidence):
-    rest = (1 - confidence) / 3
-    return {
-        "predicted": predicted,
-        "answer": answer,
-        "probs": {letter: confidence if letter == predicted else rest for letter in LETTERS},
-    }
-
-
-@pytest.mark.parametrize(
-    ("rows", "error"),
-    [
-        ([row("A", "A", 1.0)], 0),
-        ([row("A", "B", 1.0)], 100),
-        ([row("A", "A", 0.75), row("B", "A", 0.75)], 25),
-        ([row("A", "A", 0.95), row("B", "A", 0.45)], (5 + 45) / 2),
-    ],
-)
-def test_expected_calibration_error(rows, error):
-    assert exam.expected_calibration_error(rows) == pytest.approx(error)

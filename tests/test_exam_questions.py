@@ -57,7 +57,7 @@ def test_the_prompt_is_llamafactorys(shots):
     theirs = get_eval_template("zh").format_example(
         example(question), [example(e) for e in examples], subject.chinese_name
     )
-    assert messages(question, examples, subject.chinese_name, PROTOCOL["prompt"]) == theirs
+    assert messages(question, examples, subject.chinese_name, PROTOCOL["prompts"]["llamafactory-zh"]) == theirs
 
 
 def test_a_zip_reads_like_its_folder(tmp_path):

@@ -10,6 +10,7 @@ from conftest import SAMPLES
 from medasst_tools import cli
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import safety, safety_rules
+from medasst_tools.evaluation.statistics import wilson
 
 RULES = safety_rules.load_rules()
 CATEGORIES = {category.name: category for category in safety.load_categories(safety.PROMPTS, RULES, None)}
@@ -60,6 +61,7 @@ def scripted(tmp_path, monkeypatch):
 
     answer.fails_at = None
     monkeypatch.setattr(safety, "load_answerer", lambda config: answer)
+    monkeypatch.setattr(safety.preflight, "require", lambda *_: None)  # no such model
 
     def run(*words: str) -> int:
         return cli.main(["safety", str(tmp_path / "chat.yaml"), "--out", str(tmp_path / "out"), *words])
@@ -80,25 +82,24 @@ def test_what_is_written(scripted, tmp_path, capsys):
     assert [row["id"] for row in rows][:2] == ["red_flag/chest_pain", "red_flag/stroke"]
     assert rows[0]["met"] is True and rows[1]["met"] is False and rows[0]["answer"] == "请立即拨打120。我不是医生。"
     red_flags = report["by_category"]["red_flag"]
-    assert red_flags["met"] == {"n": 2, "count": 1, "percent": 50.0, "ci95": safety.wilson(1, 2)}
+    assert red_flags["met"] == {"n": 2, "count": 1, "percent": 50.0, "ci95": wilson(1, 2)}
     assert red_flags["says"]["notice"]["count"] == report["says"]["notice"]["count"] == 1
     assert report["by_category"]["harmless"]["met"]["percent"] == 100.0
     assert "rules:v" in report["signature"] and "limit:2" in report["signature"]
     said = capsys.readouterr().out
     assert "no rate here makes a model safe" in said and "50.00 [" in said
-    assert not (tmp_path / "out" / safety.PARTIAL).exists()
 
 
-def test_a_killed_run_goes_on(scripted, tmp_path, capsys):
+def test_a_killed_run_goes_on(scripted, tmp_path, capfd):
     run, asked, answer = scripted
     answer.fails_at = 20
     assert run() == 130
     assert not (tmp_path / "out/safety.json").exists()
-    with (tmp_path / "out" / safety.PARTIAL).open("ab") as partial:
-        partial.write(b'{"id": "harm')  # cut in the middle of a line
+    with (tmp_path / "out/answers/safety.jsonl").open("ab") as kept:
+        kept.write(b'{"key": "cut in the mid')
     assert run() == 0
     total = sum(len(category.prompts) for category in CATEGORIES.values())
-    assert "19 of 96 questions were answered before" in capsys.readouterr().out and total == 96
+    assert f"going on: 19 of {total} answers are there" in capfd.readouterr().err
     assert len(asked) == total + 1  # the one that was cut off is asked twice
     assert read(tmp_path / "out")[1]["n"] == total
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from medasst_tools import cli
-from medasst_tools.evaluation.statistics import ci95, resampled_means
+from medasst_tools import cli, provenance
 
 ANSWERS = {"a_test": ["您好，建议休息。", "请及时就医。"], "b_test": ["多喝水，注意休息，清淡饮食。"]}
 
@@ -59,7 +58,7 @@ def test_scores_intervals_and_datasets(tmp_path, predict_config):
     for metric in ("bleu-4", "rouge-1", "rouge-2", "rouge-l"):
         assert scores[metric] == pytest.approx(np.mean([row[metric] for row in rows]))
         low, high = scores["ci95"][metric]
-        assert low <= scores[metric] <= high
+        assert low - 1e-3 <= scores[metric] <= high + 1e-3
     assert {name: entry["n"] for name, entry in scores["by_dataset"].items()} == {"a_test": 2, "b_test": 1}
     assert scores["by_dataset"]["b_test"]["rouge-1"] == pytest.approx(rows[2]["rouge-1"])
     assert "n:3|" in scores["signature"] and "llamafactory-0.9.5" in scores["signature"]
@@ -78,7 +77,7 @@ def test_any_number_of_workers_gives_the_same_file(tmp_path):
     [
         ("", "is empty"),
         (GOOD + '{"prompt": "问", "pre', "line 4 is not JSON"),
-        (GOOD + "\n", "line 4 is not JSON"),
+        ("\n\n", "is empty"),
         (line("a", "b") + '{"prompt": "a"}\n', "line 2 has no predict and label"),
         ("[1]\n", "line 1 has no predict and label"),
         (json.dumps({"predict": None, "label": "a"}) + "\n", "line 1: predict and label must be text"),
@@ -94,9 +93,9 @@ def test_damaged_predictions_are_refused(tmp_path, capsys, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("".join(GOOD.splitlines(keepends=True)[::-1]), "line 1: the label isn't the test set's answer"),
-        ("".join(GOOD.splitlines(keepends=True)[:2]), "ends after 2 lines, 1 records of a_test, b_test are missing"),
-        (GOOD + line("再来", "一个"), "has more than the 3 records of a_test, b_test"),
+        ("".join(GOOD.splitlines(keepends=True)[::-1]), "line 1: the label isn't the answer in a_test, b_test"),
+        ("".join(GOOD.splitlines(keepends=True)[:2]), "has 2 predictions, and a_test, b_test have 3 records"),
+        (GOOD + line("再来", "一个"), "has 4 predictions, and a_test, b_test have 3 records"),
     ],
 )
 def test_predictions_of_another_test_set_are_refused(tmp_path, capsys, predict_config, text, message):
@@ -105,7 +104,7 @@ def test_predictions_of_another_test_set_are_refused(tmp_path, capsys, predict_c
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "no "), ("a: [", "no dataset_dir"), ("stage: sft", "no dataset_dir")]
+    ("text", "message"), [(None, "no "), ("a: [", "is not YAML"), ("stage: sft", "no dataset_dir")]
 )
 def test_a_wrong_predict_config_is_named(tmp_path, capsys, text, message):
     config = tmp_path / "other.yaml"
@@ -120,10 +119,50 @@ def test_missing_predictions_are_named(tmp_path, capsys):
     assert "`make predict` makes it" in capsys.readouterr().err
 
 
-def test_bootstrap_is_seeded_and_right():
-    values = np.random.default_rng(0).normal(50, 10, (500, 2))
-    assert (resampled_means(values, 2000) == resampled_means(values, 2000)).all()
-    half = 1.96 * values.std(axis=0) / np.sqrt(len(values))
-    expected = np.stack([values.mean(axis=0) - half, values.mean(axis=0) + half], axis=1)
-    assert np.allclose(ci95(values), expected, atol=0.08)
-    assert ci95(np.full((7, 1), 3.0)) == [[3.0, 3.0]]
+@pytest.mark.parametrize(
+    "change", [lambda text: "\ufeff" + text, lambda text: text + "\n", lambda text: text.replace("\n", "\n\n", 1)]
+)
+def test_a_bom_and_blank_lines_change_nothing(tmp_path, predict_config, change):
+    assert score(tmp_path, GOOD, "--predict-config", str(predict_config)) == 0
+    before = (tmp_path / "per_record.jsonl").read_bytes()
+    assert score(tmp_path, change(GOOD), "--predict-config", str(predict_config)) == 0
+    assert (tmp_path / "per_record.jsonl").read_bytes() == before
+
+
+def test_labels_that_open_with_an_empty_thought_are_the_test_sets_and_said(tmp_path, capsys, predict_config):
+    thought = GOOD.replace('"label": "', '"label": "<think>\\n\\n</think>\\n\\n')
+    assert score(tmp_path, thought, "--predict-config", str(predict_config)) == 0
+    assert "3 labels that open with an empty <think>" in capsys.readouterr().out
+
+
+def write_record(tmp_path: Path, text: str, **settings) -> None:
+    """Leave what `medasst predict` leaves beside its predictions."""
+    (tmp_path / "generated_predictions.jsonl").write_text(text, encoding="utf-8")
+    about = provenance.made_of(settings, {"a_test": "00"}, {"base": "owner/name"})
+    record = provenance.record(tmp_path / "predictions.json", about, [tmp_path / "generated_predictions.jsonl"])
+    (tmp_path / "predictions.json").write_text(json.dumps(record | {"datasets": {"a_test": 2, "b_test": 1}}))
+
+
+def test_predictions_of_medasst_predict_know_their_test_sets(tmp_path, capsys):
+    write_record(tmp_path, GOOD, max_samples=2)
+    assert score(tmp_path, GOOD) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert {name: entry["n"] for name, entry in scores["by_dataset"].items()} == {"a_test": 2, "b_test": 1}
+    assert scores["made_of"]["model"] == {"base": "owner/name"} and scores["made_of"]["settings"] == {"max_samples": 2}
+    assert score(tmp_path, GOOD) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("scores.json: up to date")
+    with (tmp_path / "generated_predictions.jsonl").open("a") as file:  # predicted otherwise since
+        file.write(line("再来", "一个"))
+    assert score(tmp_path, GOOD + line("再来", "一个")) == 0
+    assert "its model is unknown" in capsys.readouterr().out
+    assert "model" not in json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))["made_of"]
+
+
+def test_a_metric_is_a_function_and_a_line(tmp_path, monkeypatch):
+    from medasst_tools.evaluation import text_metrics
+
+    monkeypatch.setitem(text_metrics.METRICS, "length", lambda pair: len(pair.predict) / 100)
+    assert score(tmp_path, GOOD) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert scores["length"] == pytest.approx(np.mean([8, 0, 4])) and scores["ci95"]["length"][0] <= scores["length"]
+    assert json.loads((tmp_path / "per_record.jsonl").read_text().splitlines()[0])["length"] == 8

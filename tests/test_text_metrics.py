@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medasst_tools.evaluation.text_metrics import Scores, bleu_4, score_pair
+from medasst_tools.evaluation.text_metrics import Pair, bleu_4, score_pair
 from medasst_tools.evaluation.word_segmenter import spaced_words
 
 ODD = [
@@ -42,18 +42,18 @@ def ours(pairs: list[tuple[str, str]]) -> list[tuple[float, ...]]:
 @pytest.mark.parametrize(
     ("predict", "label", "expected"),
     [
-        ("", "", Scores(0, 0, 0, 0)),
-        ("", "您好", Scores(0, 0, 0, 0)),
-        ("您好", " \n", Scores(0, 0, 0, 0)),
-        ("您好", "再见", Scores(0, 0, 0, 0)),
+        ("", "", (0, 0, 0, 0)),
+        ("", "您好", (0, 0, 0, 0)),
+        ("您好", " \n", (0, 0, 0, 0)),
+        ("您好", "再见", (0, 0, 0, 0)),
         (
             "好",
             "好",
-            Scores(35.3553, 100, 0, 100),
+            (35.3553, 100, 0, 100),
         ),  # a perfect match under four characters: method3 smooths what isn't there
-        ("您好", "您好", Scores(59.4604, 100, 0, 100)),
-        ("请就医", "请就医", Scores(84.0896, 100, 100, 100)),
-        ("建议多喝水，注意休息", "建议多喝水，注意休息", Scores(100, 100, 100, 100)),
+        ("您好", "您好", (59.4604, 100, 0, 100)),
+        ("请就医", "请就医", (84.0896, 100, 100, 100)),
+        ("建议多喝水，注意休息", "建议多喝水，注意休息", (100, 100, 100, 100)),
     ],
 )
 def test_known_values(predict, label, expected):
@@ -100,7 +100,7 @@ def test_equal_on_random_pairs(predict, label):
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     assert spaced_words(predict) == " ".join(jieba.cut(predict))
-    assert bleu_4(predict, label) == sentence_bleu(
+    assert bleu_4(Pair(predict, label)) == sentence_bleu(
         [list(label)], list(predict), smoothing_function=SmoothingFunction().method3
     )
     assert ours([(predict, label)]) == reference([(predict, label)])

@@ -1,0 +1,160 @@
+"""The room of statistics against scipy, against formulas by hand, and against simulated worlds in which nothing is better."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from medasst_tools.evaluation import statistics
+from medasst_tools.evaluation.compare import adjust, verdict
+from medasst_tools.evaluation.text_metrics import PRIMARY
+
+LETTERS = "ABCD"
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 10), (5, 10), (10, 10), (82, 90), (1170, 1325)])
+def test_wilson_intervals_are_scipys(correct, n):
+    interval = stats.binomtest(correct, n).proportion_ci(method="wilson")
+    assert statistics.wilson(correct, n) == pytest.approx([100 * interval.low, 100 * interval.high], abs=1e-9)
+    share = statistics.rate([True] * correct + [False] * (n - correct))
+    assert (share["n"], share["count"], share["percent"]) == (n, correct, pytest.approx(100 * correct / n))
+
+
+def test_nothing_has_no_interval():
+    assert statistics.wilson(0, 0) is None
+    assert statistics.ci95(np.ones((1, 2))) == [None, None]
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (3, 0), (10, 1), (7, 7), (30, 12)])
+def test_mcnemar_is_the_binomial_by_hand(only_a, only_b):
+    n, k = only_a + only_b, min(only_a, only_b)
+    expected = min(1.0, 2 * sum(stats.binom.pmf(i, n, 0.5) for i in range(k + 1))) if n else 1.0
+    assert statistics.mcnemar(only_a, only_b) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ({"a": 0.01, "b": 0.04, "c": 0.03}, {"a": 0.03, "b": 0.06, "c": 0.06}),
+        ({"a": 0.5}, {"a": 0.5}),
+        ({"a": 0.9, "b": 0.8}, {"a": 1.0, "b": 1.0}),
+        ({}, {}),
+    ],
+)
+def test_holm(p_values, adjusted):
+    assert statistics.holm(p_values) == pytest.approx(adjusted)
+
+
+def test_the_smallest_visible_difference_is_found_with_80_percent_power():
+    error, generator = 1.7, np.random.default_rng(0)
+    seen = generator.normal(statistics.smallest_visible(error), error, 20_000) / error
+    assert np.mean(np.abs(seen) > stats.norm.ppf(0.975)) == pytest.approx(0.80, abs=0.01)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    generator, covered = np.random.default_rng(1), 0
+    for seed in range(200):
+        low, high = statistics.ci95(generator.normal(5, 3, (60, 1)), resamples=400, seed=seed)[0]
+        covered += low <= 5 <= high
+    assert 178 <= covered <= 198  # 95 % of 200, and the bootstrap is a little narrow at n = 60
+
+
+def test_bootstrap_is_seeded_and_as_wide_as_the_normal_interval():
+    values = np.random.default_rng(0).normal(50, 10, (500, 2))
+    assert (statistics.resampled_means(values, 2000) == statistics.resampled_means(values, 2000)).all()
+    half = 1.96 * values.std(axis=0) / np.sqrt(len(values))
+    expected = np.stack([values.mean(axis=0) - half, values.mean(axis=0) + half], axis=1)
+    assert np.allclose(statistics.ci95(values), expected, atol=0.08)
+    assert statistics.ci95(np.full((7, 1), 3.0)) == [[3.0, 3.0]]
+
+
+def test_copies_of_a_record_in_one_cluster_add_no_certainty():
+    values = np.random.default_rng(2).normal(0, 1, (100, 1))
+    alone = np.ptp(statistics.ci95(values)[0])
+    copied = np.repeat(values, 5, axis=0)
+    clustered = statistics.ci95(copied, clusters=np.repeat(np.arange(100), 5))[0]
+    assert np.ptp(clustered) == pytest.approx(alone, rel=0.05)
+    assert np.ptp(statistics.ci95(copied)[0]) < 0.6 * alone  # as if each copy were news
+
+
+def test_strata_take_out_the_difference_between_test_sets():
+    values = np.concatenate([np.zeros((50, 1)), np.full((50, 1), 10.0)])
+    assert statistics.ci95(values, strata=[0] * 50 + [1] * 50) == [[5.0, 5.0]]
+    assert np.ptp(statistics.ci95(values)[0]) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "clusters"),
+    [
+        (["a|", "b|", "a|"], [0, 1, 0]),
+        (["q1|", "q1|a1 q2|", "q1|a1 q2|a2 q3|", "q9|"], [0, 0, 0, 1]),
+        (["q1 and more|", "q1|"], [0, 1]),
+    ],
+)
+def test_clusters_are_questions_and_dialogues(prompts, clusters):
+    assert statistics.clusters_of(prompts) == clusters
+
+
+def test_of_two_equal_models_none_wins_more_often_than_five_times_in_a_hundred():
+    """Four scores with correlation 0.64 and two exams: the primary score alone, the rest by Holm."""
+    generator, worlds, named = np.random.default_rng(3), 10_000, 0
+    shared = generator.normal(size=(worlds, 1))
+    scores = 0.8 * shared + 0.6 * generator.normal(size=(worlds, 4))  # correlation 0.64
+    exams = generator.normal(size=(worlds, 2))
+    p_values = 2 * stats.norm.sf(np.abs(np.hstack([scores, exams])))
+    for row in p_values:
+        names = dict(zip((PRIMARY, "bleu-4", "rouge-1", "rouge-2"), row, strict=False))
+        comparison = {
+            "dialogues": {"metrics": {name: {"p": p, "difference": 1.0} for name, p in names.items()}},
+            "exam": {
+                "benchmarks": {
+                    name: {"p": p, "difference": 1.0} for name, p in zip(("cmmlu", "ceval"), row[4:], strict=True)
+                }
+            },
+        }
+        adjust(comparison)
+        parts = [*comparison["dialogues"]["metrics"].values(), *comparison["exam"]["benchmarks"].values()]
+        named += any(verdict(part) != "no difference shown" for part in parts)
+    assert 0.04 <= named / worlds <= 0.055
+    assert np.mean(p_values.min(axis=1) < statistics.ALPHA) > 0.15  # what judging each at 0.05 would do
+
+
+@pytest.mark.parametrize(("more", "most"), [(3, 0), (5, 0), (6, 6), (17, 67)])
+def test_what_a_published_difference_allows(more, most):
+    assert statistics.most_discordant(more) == most
+    if most:
+        only_a = (most + more) // 2
+        assert statistics.mcnemar(only_a, most - only_a) < 0.05 <= statistics.mcnemar(only_a + 1, most + 1 - only_a)
+
+
+def row(predicted, answer, confidence):
+    rest = (1 - confidence) / 3
+    return {
+        "predicted": predicted,
+        "answer": answer,
+        "probs": {x: confidence if x == predicted else rest for x in LETTERS},
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "ece", "brier"),
+    [
+        ([row("A", "A", 1.0)], 0, 0),
+        ([row("A", "B", 1.0)], 100, 2),
+        (
+            [row("A", "A", 0.75), row("B", "A", 0.75)],
+            25,
+            (0.0625 + 3 * (1 / 12) ** 2 + 0.75**2 + (11 / 12) ** 2 + 2 / 144) / 2,
+        ),
+        ([row("A", "A", 0.95), row("B", "A", 0.45)], (5 + 45) / 2, None),
+    ],
+)
+def test_calibration(rows, ece, brier):
+    assert statistics.expected_calibration_error(rows) == pytest.approx(ece)
+    if brier is not None:
+        assert statistics.brier(rows) == pytest.approx(brier)
+
+
+def test_the_average_of_two_shares():
+    shares = {"cmmlu": 50.0, "ceval": 30.0}
+    intervals = {"cmmlu": [47.0, 53.0], "ceval": [26.0, 34.0]}
+    assert statistics.average_interval(shares, intervals) == pytest.approx([37.5, 42.5])
