@@ -68,6 +68,7 @@ class Counts:
         self.skipped, self.rejected, self.masked = Counter(), Counter(), Counter()
         self.columns: list[str] = []
         self.first_history: slice | None = None
+        self.moved_to_top = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -316,7 +317,8 @@ def write_dataset(
                     (counts.skipped if reason.by_design else counts.rejected)[str(reason)] += 1
                     if not reason.by_design:
                         bad.write(_rejected_line(raw, str(reason)))
-    if counts.first_history and counts.first_history.start > TYPED_BYTES:
+    counts.moved_to_top = bool(counts.first_history and counts.first_history.start > TYPED_BYTES)
+    if counts.moved_to_top:
         _move_to_top(folder / f"{dataset.name}.jsonl", counts.first_history)
     return counts
 
@@ -409,7 +411,7 @@ def entry_of(
     entry |= {"sha256": digest, "bytes": output.stat().st_size, "file": output.name}
     entry |= {"paper": dataset.paper, "published": dataset.published, "encoding": encoding}
     entry |= {"odd_tails": counts.odd_tails, "control_tokens": counts.control_tokens, "columns": counts.columns}
-    entry |= {"variant": options.variant()}
+    entry |= {"variant": options.variant(), "first_history_moved_to_top": counts.moved_to_top}
     if options.mask_personal_data:
         entry["masked"] = dict(counts.masked)
     entry["source"] = {"file": _short(dataset, path), "sha256": _source_sha256(path)}

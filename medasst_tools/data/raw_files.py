@@ -20,6 +20,7 @@ from medasst_tools.errors import UserError
 from medasst_tools.files import LFS_POINTER
 
 MAX_RECORD_BYTES = 1 << 24  # the longest answer of the corpora has 6,608 characters; a longer "line" is damage
+PEEKED = 1 << 20  # bytes that are looked at to tell a container
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more
 BOM = b"\xef\xbb\xbf"
 UTF8, CHINESE = "utf-8", "gb18030"
@@ -73,7 +74,7 @@ def open_raw(path: Path) -> Iterator[BinaryIO]:
     Raises UserError for an empty file, a Git LFS pointer, UTF-16, an archive without exactly one text file, a member whose
     path leaves the archive, damage and a zip bomb.
     """
-    with path.open("rb") as file:
+    with path.open("rb", buffering=PEEKED) as file:
         head = file.read(256)
         file.seek(0)
         if not head:
@@ -148,7 +149,7 @@ class _Limited(io.RawIOBase):
 
 
 def _after_bom(path: Path, stream: BinaryIO) -> BinaryIO:
-    buffered = io.BufferedReader(stream, 1 << 20) if isinstance(stream, io.RawIOBase) else stream
+    buffered = io.BufferedReader(stream, PEEKED) if isinstance(stream, io.RawIOBase) else stream
     head = buffered.peek(4)[:4]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path} is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path.name}")
@@ -175,7 +176,7 @@ def is_chinese_encoding(path: Path) -> bool:
 # ---- containers -----------------------------------------------------------------------------------------------------
 def is_one_value(stream: BinaryIO) -> bool:
     """Say whether an opened JSON file is one value, an array or an object around one, and not a value a line."""
-    head = stream.peek(1 << 20)[: 1 << 20].lstrip()
+    head = stream.peek(PEEKED).lstrip()
     if head[:1] == b"[":
         first, more, _ = head.partition(b"\n")
         # lines that are lists themselves: pairs, say
