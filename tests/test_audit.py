@@ -193,6 +193,14 @@ def test_drop_overlap_keeps_histories_loadable(tmp_path):
         ("QQ群:88888", "QQ群:[QQ号]", {"qq": 1}),
         ("zhang.san@mail.example.cn", "[邮箱]", {"email": 1}),
         ("见http://a.cn/b?c=1。", "见[网址]。", {"url": 1}),
+        ("我的座机010-62345678", "我的座机[电话]", {"phone": 1}),
+        ("打(0571)87654321转8", "打[电话]转8", {"phone": 1}),
+        ("客服400-820-8820，800 810 1234", "客服[电话]，[电话]", {"phone": 2}),
+        ("手机１３８００００００００", "手机[电话]", {"phone": 1}),
+        ("请服用wxanadu12号方", "请服用wxanadu12号方", {}),
+        ("我vx: abc_12345", "我vx: [微信号]", {"wechat": 1}),
+        ("手机13800000000，另13900000000，微信abcdef1，qq 123456", "手机[电话]，另[电话]，微信[微信号]，qq [QQ号]", {"wechat": 1, "qq": 1, "phone": 2}),
+        ("2024-01-15复查，剂量0.5-1g，编号05718765", "2024-01-15复查，剂量0.5-1g，编号05718765", {}),
         ("血压120/80，体温38.5，2010.4.26，体重60kg，0.25g*12片", "血压120/80，体温38.5，2010.4.26，体重60kg，0.25g*12片", {}),
         ("微信公众号有科普", "微信公众号有科普", {}),
         ("血小板100000000000", "血小板100000000000", {}),
@@ -214,7 +222,21 @@ def test_masks_name_every_kind():
         ("头痛，怎么办？", "头痛怎么办", True),
         ("ＣＴ检查", "ct 检查", True),
         ("头痛", "头疼", False),
-        ("38.5℃", "385℃", True),  # punctuation doesn't count, and that is its price
+        ("38.5℃", "385℃", False),
+        ("HBsAg（+）是什么意思", "HBsAg(-)是什么意思", False),
+        ("HBsAg（＋）是什么意思？", "HBsAg(+)是什么意思", True),
+        ("HBsAg+", "HBsAg-", False),
+        ("血糖<7怎么办", "血糖>7怎么办", False),
+        ("血糖 ＜ 7 怎么办", "血糖<7怎么办", True),
+        ("吃5.5mg", "吃55mg", False),
+        ("疗程3-5天", "疗程35天", False),
+        ("疗程3~5天", "疗程３～５天", True),
+        ("血压120/80", "血压12080", False),
+        ("按1:2稀释", "按12稀释", False),
+        ("含量5%", "含量5", False),
+        ("COVID-19", "covid19", True),
+        ("体温≥38", "体温≤38", False),
+        ("（头痛）。怎么-办", "头痛怎么办", True),
     ],
 )
 def test_normalise(a, b, same):
@@ -250,7 +272,7 @@ def test_index_finds_what_comparing_with_every_question_finds(questions, asked):
 @pytest.mark.parametrize(
     ("spoil", "words", "message"),
     [
-        (lambda folder: (folder / "manifest.json").unlink(), [], "manifest.json"),
+        (lambda folder: (folder / "dataset_info.json").unlink(), [], "dataset_info.json"),
         (lambda folder: (folder / "manifest.json").write_text("{"), [], "damaged"),
         (lambda folder: (folder / "medchatzh_train.jsonl").write_text(""), [], "isn't what the manifest says"),
         (lambda folder: None, ["--workers", "0"], "--workers is 0"),
@@ -262,6 +284,44 @@ def test_mistakes_are_named(converted, capsys, spoil, words, message):
     spoil(converted)
     assert cli.main(["audit", "--data-dir", str(converted), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_again_is_up_to_date_and_a_tokenizer_is_something_else(converted, capsys):
+    words = ["audit", "--data-dir", str(converted)]
+    assert cli.main(words) == 0
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == f"{converted}/audit.json: up to date\n"
+    assert cli.main([*words, "--tokenizer", "nowhere"]) == 2  # looked for, not left out
+
+
+@pytest.mark.parametrize(
+    ("entry", "records"),
+    [
+        (
+            {"columns": {"prompt": "q", "response": "a"}},
+            [{"q": "我的手机13800000000和13900000000", "a": "微信号abcdef1<|im_end|>"}, {"q": "", "a": "x"}],
+        ),
+        (
+            {"formatting": "sharegpt", "columns": {"messages": "turns"}},
+            [
+                {
+                    "turns": [
+                        {"from": "human", "value": "手机13800000000"},
+                        {"from": "gpt", "value": "13900000000，微信号abcdef1<|im_end|>"},
+                    ]
+                }
+            ],
+        ),
+    ],
+)
+def test_a_folder_of_ones_own_is_audited_as_it_is(tmp_path, entry, records):
+    """One record with three pieces counts as one everywhere."""
+    (tmp_path / "a_train.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a_train": {"file_name": "a_train.json"} | entry}))
+    assert cli.main(["audit", "--data-dir", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "audit.json").read_text())["datasets"]["a_train"]
+    assert (found["n"], found["personal_records"], found["personal_pieces"], found["control_tokens"]) == (1, 1, 3, 1)
 
 
 def test_drop_overlap_without_test_sets_is_refused(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import SAMPLES
@@ -108,3 +109,42 @@ def test_damaged_archives_are_named(tmp_path, damage, message):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="cmmlu_v1_0_1.zip and ceval-exam.zip"):
         load_subjects(tmp_path / "nowhere", PROTOCOL)
+
+
+def ceval_folder(tmp_path: Path, text: str) -> Path:
+    """The samples' exams with one C-Eval file replaced."""
+    shutil.copytree(EXAMS, tmp_path / "exams")
+    next((tmp_path / "exams").rglob("physician_val.csv")).write_text(text, encoding="utf-8")
+    return tmp_path / "exams"
+
+
+HEADER = "id,question,A,B,C,D,answer\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEADER + "0,问,甲,乙,丙,丁,BC\n", "line 2: the answer is 'BC', must be one of A, B, C, D"),
+        (HEADER + "0,问,甲,乙,丙,丁,\n", "line 2: the answer is '', must be"),
+        (
+            HEADER + "0,问,甲,乙,丙,丁,A\n1,问,甲,乙,丙,丁,A\n0,问,甲,乙,丙,丁,B\n",
+            "line 4: the id '0' stands in line 2 too",
+        ),
+    ],
+)
+def test_what_would_be_wrong_for_ever_is_said_before_anything_is_asked(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        load_subjects(ceval_folder(tmp_path, text), PROTOCOL)
+    assert message in str(error.value) and "physician_val.csv" in str(error.value)
+
+
+def test_exams_unpacked_a_folder_deeper_are_found(tmp_path):
+    exams = ceval_folder(tmp_path, HEADER + "0,问,甲,乙,丙,丁,A\n")
+    before = load_subjects(exams, PROTOCOL)
+    (tmp_path / "deeper").mkdir()
+    for folder in [*exams.iterdir()]:
+        if folder.is_dir():
+            (tmp_path / "deeper" / folder.name / folder.name).parent.mkdir()
+            folder.rename(tmp_path / "deeper" / folder.name / folder.name)
+    assert load_subjects(tmp_path / "deeper", PROTOCOL) == before
+    assert load_subjects(tmp_path, PROTOCOL) == before

@@ -7,7 +7,8 @@ prints a summary. It changes no data; `medasst convert --drop-overlap --drop-dup
 """
 
 import argparse
-import json
+import contextlib
+import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from medasst_tools import __version__
+from medasst_tools import __version__, provenance
+from medasst_tools.data.convert import CONTROL
 from medasst_tools.data.decontamination import (
     BANDS,
     KINDS,
@@ -29,10 +31,12 @@ from medasst_tools.data.decontamination import (
     read_questions,
 )
 from medasst_tools.data.deduplication import key, normalise, question_of
+from medasst_tools.data.layouts import NotKept, read_value
 from medasst_tools.data.pii import MASKS, mask
+from medasst_tools.data.raw_files import read_records
 from medasst_tools.data.registry import is_test
 from medasst_tools.errors import UserError
-from medasst_tools.files import atomic_writer, write_json
+from medasst_tools.files import atomic_writer, read_json, write_json
 
 CHUNK_BYTES = 1 << 23
 PARTS = ("question", "answer", "history")
@@ -75,7 +79,26 @@ def run(args: argparse.Namespace) -> None:
     """Audit the folder and write the findings."""
     if args.workers < 1 or args.token_sample < 0:
         raise UserError(f"--workers is {args.workers} and --token-sample {args.token_sample}; at least 1 and 0")
-    files = read_manifest(args.data_dir)
+    with tempfile.TemporaryDirectory() as work:
+        files = read_folder(args.data_dir, Path(work))
+        about = made_of(args, files)
+        if not provenance.up_to_date(args.data_dir / "audit.json", about):
+            audit(args, files, about)
+
+
+def made_of(args: argparse.Namespace, files: dict[str, Path]) -> dict[str, Any]:
+    """Return what the findings depend on: the data, the exams, and how tokens are counted."""
+    hashes = {name: provenance.sha256_of(path) for name, path in files.items()}
+    if args.exams_dir:
+        hashes["exams"] = provenance.short(exam_questions(args.exams_dir))
+    settings = {"tokenizer": args.tokenizer, "token_sample": args.token_sample} if args.tokenizer else {}
+    if args.tokenizer and args.config.is_file():
+        hashes["config"] = provenance.sha256_of(args.config)
+    return provenance.made_of(settings, hashes, versions={"medasst data": provenance.code_sha256("data")})
+
+
+def audit(args: argparse.Namespace, files: dict[str, Path], about: dict[str, Any]) -> None:
+    """Examine every dataset, write and print the findings."""
     index = QuestionIndex(
         {name: read_questions(path) for name, path in files.items() if is_test(name)} | exam_questions(args.exams_dir)
     )
@@ -98,24 +121,51 @@ def run(args: argparse.Namespace) -> None:
             row = {"dataset": name, "line": line, "test_set": match.test_set, "test_line": match.place + 1}
             row |= {"kind": match.kind, "similarity": match.similarity}
             file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
-    write_json(args.data_dir / "audit.json", findings)
+    record = provenance.record(args.data_dir / "audit.json", about, [args.data_dir / "overlap.jsonl"])
+    write_json(args.data_dir / "audit.json", findings | record)
     print_findings(findings, args.data_dir)
 
 
-def read_manifest(data_dir: Path) -> dict[str, Path]:
-    """Return {dataset: file} of a converted folder; UserError if it isn't one, or not whole."""
-    try:
-        manifest = json.loads((data_dir / "manifest.json").read_text(encoding="utf-8"))
-        datasets = manifest["datasets"]
-        files = {name: data_dir / f"{name}.jsonl" for name in datasets}
-    except FileNotFoundError:
-        raise UserError(f"no {data_dir}/manifest.json; `medasst convert --out-dir {data_dir}` writes it") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{data_dir}/manifest.json is damaged; convert again") from None
+def read_folder(data_dir: Path, work: Path) -> dict[str, Path]:
+    """Return {dataset: JSON lines in Alpaca's form}; UserError if the folder is no dataset_dir, or not whole.
+
+    A converted folder's files are that already; of a folder of the user's own the datasets are written so into `work`.
+    """
+    info = read_json(data_dir / "dataset_info.json")
+    if info is None:
+        raise UserError(f"no {data_dir}/dataset_info.json; `medasst convert --out-dir {data_dir}` writes it")
+    manifest = read_json(data_dir / "manifest.json")
+    files = provenance.dataset_files(data_dir, list(info))
     for name, path in files.items():
-        if not path.is_file() or path.stat().st_size != datasets[name]["bytes"]:
+        if manifest and path.stat().st_size != manifest["datasets"].get(name, {}).get("bytes"):
             raise UserError(f"{path} isn't what the manifest says (missing or of another size); convert again")
-    return files
+    return (
+        files
+        if manifest
+        else {name: as_alpaca(path, info[name], work / f"{name}.jsonl") for name, path in files.items()}
+    )
+
+
+def as_alpaca(path: Path, described: dict[str, Any], target: Path) -> Path:
+    """Write a dataset of the user's own, whatever columns or format its entry names, as Alpaca records; return `target`."""
+    columns = described.get("columns", {})
+    with target.open("wb") as file:
+        for raw in read_records(path):
+            if isinstance(raw.value, dict):
+                with contextlib.suppress(NotKept):  # LLaMA-Factory drops it too
+                    file.write(
+                        orjson.dumps(
+                            _alpaca(raw.value, described.get("formatting"), columns), option=orjson.OPT_APPEND_NEWLINE
+                        )
+                    )
+    return target
+
+
+def _alpaca(record: dict[str, Any], formatting: str | None, columns: dict[str, str]) -> dict[str, Any]:
+    if formatting == "sharegpt":
+        return read_value("sharegpt", {"conversations": record.get(columns.get("messages", "conversations"))})
+    names = {"instruction": "prompt", "input": "query", "output": "response", "history": "history"}
+    return read_value("instruction", {ours: record.get(columns.get(theirs, ours)) for ours, theirs in names.items()})
 
 
 def exam_questions(exams_dir: Path | None) -> dict[str, list[str]]:
@@ -153,6 +203,9 @@ def audit_dataset(path: Path, index: QuestionIndex | None, workers: int) -> tupl
             part: _spread(np.concatenate(values or [np.empty(0, "I")])) for part, values in lengths.items()
         },
         "personal_data": {kind: {"records": records[kind], "matches": matches[kind]} for kind in MASKS},
+        "personal_records": records["any"],
+        "personal_pieces": matches.total(),
+        "control_tokens": records["control tokens"],
     }
     return findings, unique, overlaps
 
@@ -217,7 +270,7 @@ def examine_chunk(chunk: tuple[Path, int, int]) -> ChunkResult:
             lengths[part].append(length)
         _, found = mask("\n".join([question, answer, *(doctor for _, doctor in record.get("history") or ())]))
         matches.update(found)
-        records.update(found.keys())
+        records.update([*found, *["any"] * bool(found), *["control tokens"] * bool(CONTROL.search(line))])
         if index and (matched := index.match(question, normalised)):
             overlaps.append((place, matched))
     return ChunkResult(keys, lengths, matches, records, overlaps)
@@ -279,11 +332,13 @@ def signature(args: argparse.Namespace) -> str:
 def print_findings(findings: dict[str, Any], data_dir: Path) -> None:
     """Print a line a dataset and a line a test set."""
     for name, found in findings["datasets"].items():
-        copies, personal = found["duplicates"], sum(kind["records"] for kind in found["personal_data"].values())
+        copies, marks = found["duplicates"], found["control_tokens"]
+        marked = f"; a chat template's marks in {marks:,}" if marks else ""
         tokens = f"; cutoff_len cuts {found['tokens']['cut']:.2%}" if "tokens" in found else ""
         print(
             f"{name}: {found['n']:,} records, copies: {copies['records']:,} exact, {copies['records_normalised']:,} normalised, "
-            f"questions asked before: {copies['questions_normalised']:,}; personal data in {personal:,}{tokens}"
+            f"questions asked before: {copies['questions_normalised']:,}; personal data in {found['personal_records']:,} "
+            f"({found['personal_pieces']:,} pieces){marked}{tokens}"
         )
     for name, found in findings["overlap"].items():
         seen = ", ".join(f"{found[kind]:,} {kind}" for kind in KINDS)

@@ -6,6 +6,10 @@ from hashlib import blake2b
 from typing import Any
 
 NOT_A_LETTER = re.compile(r"[\W_]+")
+# Signs without which a question asks something else: 5.5 mg and 55 mg, <7 and >7, HBsAg(+) and HBsAg(-), 3-5 days, 1:2, 120/80.
+_SIGN = r"(?<=[0-9])[.:/~\-](?=[0-9])|[<>≤≥=]+(?=\s*[0-9])|(?<=[0-9])[%‰]|(?<=\()\s*[+\-±]+\s*(?=\))|(?<=[a-z0-9])[+\-]+(?!\w)"
+SIGNS = re.compile(_SIGN)
+WORDS_AND_SIGNS = re.compile(rf"{_SIGN}|[^\W_]+")
 SHINGLE = 3  # characters
 
 
@@ -19,8 +23,11 @@ def question_of(record: dict[str, Any]) -> str:
 
 
 def normalise(text: str) -> str:
-    """Return the text's letters and digits alone, in one width and case: what punctuation and white space don't change."""
-    return NOT_A_LETTER.sub("", unicodedata.normalize("NFKC", text).casefold())
+    """Return the text's letters and digits alone, in one width and case, with the signs that make it another question."""
+    text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
+    if SIGNS.search(text):
+        return "".join("".join(WORDS_AND_SIGNS.findall(text)).split())
+    return NOT_A_LETTER.sub("", text)
 
 
 def key(text: str) -> int:

@@ -247,6 +247,11 @@ def fetch_model(model: str, models_dir: Path | None, hub: str) -> None:
             path = api.download_repo(model, "model", local_dir=folder, ignore_patterns=NOT_NEEDED if folder else None)
     except Exception as error:  # as above
         raise UserError(f"{model}: {reason(error, hub, model)}") from error
+    if not [*Path(path).glob("*.safetensors")]:
+        raise UserError(
+            f"{model}: {path} has no weights in safetensors; what its page has else, such as pytorch_model.bin, is a pickle, "
+            "which can run code, and isn't fetched: ask its authors for safetensors, or convert it on a machine that may fail"
+        )
     print(f"{model}: in {path}", flush=True)
 
 

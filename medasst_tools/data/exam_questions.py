@@ -57,12 +57,9 @@ def load_subjects(exams_dir: Path, protocol: dict[str, Any]) -> list[Subject]:
     for benchmark_name, benchmark in protocol["benchmarks"].items():
         archive = _Archive(exams_dir, benchmark)
         for name, facts in benchmark["subjects"].items():
+            splits = (benchmark["split"], protocol["examples_from"])
             parts = [
-                [
-                    _question(benchmark_name, name, benchmark["columns"], row, place)
-                    for row, place in archive.rows(split, name)
-                ]
-                for split in (benchmark["split"], protocol["examples_from"])
+                _questions(benchmark_name, name, benchmark["columns"], archive.rows(split, name)) for split in splits
             ]
             subjects.append(Subject(benchmark_name, name, facts["name"], *parts, facts["questions"]))
     return subjects
@@ -74,6 +71,9 @@ class _Archive:
     def __init__(self, exams_dir: Path, benchmark: dict[str, Any]):
         self.file = benchmark["file"]
         folder, packed = exams_dir / benchmark["archive"], exams_dir / f"{benchmark['archive']}.zip"
+        if not packed.is_file() and not folder.is_dir():  # unpacked a folder deeper, as some programs do
+            packed = next(iter(sorted(exams_dir.rglob(packed.name))), packed)
+            folder = next((path for path in sorted(exams_dir.rglob(folder.name)) if path.is_dir()), folder)
         self.path = packed if packed.is_file() else folder
         self.zip = None
         if packed.is_file():
@@ -93,9 +93,9 @@ class _Archive:
         name = self.file.format(split=split, subject=subject)
         place = f"{self.path}, {name}"
         try:
-            data = self.zip.read(name) if self.zip else (self.path / name).read_bytes()
+            data = self.zip.read(self._member(name)) if self.zip else self._file(name).read_bytes()
         except (KeyError, FileNotFoundError):
-            raise UserError(f"{self.path} has no {name}; get the archive again") from None
+            raise UserError(f"{self.path} has no {name}, nor a folder below it; get the archive again") from None
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
             raise UserError(f"{place} can't be unpacked ({error}); get the archive again") from None
         try:
@@ -105,6 +105,30 @@ class _Archive:
         rows = csv.DictReader(io.StringIO(text, newline=""))
         return [(row, f"{place}, line {rows.line_num}") for row in rows]
 
+    def _member(self, name: str) -> str:
+        return next((one for one in self.zip.namelist() if one == name or one.endswith(f"/{name}")), name)
+
+    def _file(self, name: str) -> Path:
+        direct = self.path / name
+        deeper = (path for path in sorted(self.path.rglob(direct.name)) if path.as_posix().endswith(f"/{name}"))
+        return direct if direct.is_file() else next(deeper, direct)
+
+
+def _questions(
+    benchmark: str, subject: str, columns: dict[str, str], rows: list[tuple[dict[str, str], str]]
+) -> list[Question]:
+    """Return the checked questions of a CSV file; UserError at the second of two with one id, which would share an answer."""
+    questions, places = [], {}
+    for row, place in rows:
+        question = _question(benchmark, subject, columns, row, place)
+        if question.id in places:
+            raise UserError(
+                f"{place}: the id {question.id!r} stands in {places[question.id].rpartition(', ')[2]} too; make ids unique"
+            )
+        places[question.id] = place
+        questions.append(question)
+    return questions
+
 
 def _question(benchmark: str, subject: str, columns: dict[str, str], row: dict[str, Any], place: str) -> Question:
     """Return a checked question of one CSV row."""
@@ -112,7 +136,7 @@ def _question(benchmark: str, subject: str, columns: dict[str, str], row: dict[s
     if missing := [name for name in needed if row.get(name) is None]:
         raise UserError(f"{place}: no column {missing[0]!r}; is it the released file?")
     answer = row[columns["answer"]].strip()
-    if answer not in LETTERS or not answer:
+    if answer not in tuple(LETTERS):
         raise UserError(f"{place}: the answer is {answer!r}, must be one of A, B, C, D")
     choices = tuple(row[letter] for letter in LETTERS)
     return Question(benchmark, subject, row[columns["id"]], row[columns["question"]], choices, answer)
