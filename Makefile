@@ -58,12 +58,13 @@ help: ## list the targets
 	@echo "  EXPERIMENT=$(EXPERIMENT), RAW=$(RAW), EXAMS=$(EXAMS), ARGS=key=value..., RESTART=1"
 
 # ---- environment, data, configs
-ifeq ($(READY),)
 setup: ## install everything, pinned, into .venv (EXTRAS=gpu,qlora,distributed)
+ifeq ($(READY),)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: PYTHON is '$(PYTHON)', must be Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt uv; }
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -r pyproject.toml --extra dev $(patsubst %,--extra %,$(subst $(comma), ,$(EXTRAS)))
 	@test -x $(MEDASST) || $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps --editable .
+endif
 
 constraints: setup ## pin every package anew into constraints.txt, for all supported Pythons
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-emit-index-url --no-header --no-annotate pyproject.toml --output-file constraints.txt
@@ -72,10 +73,14 @@ download: setup ## fetch all corpora and exams into data/raw and data/exams (NAM
 	$(if $(filter file,$(origin HF_HUB_OFFLINE)),HF_HUB_OFFLINE=0) $(MEDASST) download $(NAMES)
 
 data: configs ## convert RAW into EXPERIMENT's dataset_dir
+ifneq ($(READY),$(DATA))
 	@$(MEDASST) convert --raw-dir "$(RAW)" --out-dir "$(DATA)" --max-rejects $(MAX_REJECTS) $(DATA_ARGS)
+endif
 
 configs: setup ## render factory_configs/ from experiments.yaml and templates/
+ifeq ($(READY),)
 	@$(MEDASST) render
+endif
 
 audit: data ## duplicates, test questions in training, lengths, personal data (AUDIT_ARGS="--tokenizer DIR")
 	$(MEDASST) audit --data-dir "$(DATA)" --exams-dir "$(EXAMS)" $(AUDIT_ARGS)

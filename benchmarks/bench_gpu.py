@@ -225,22 +225,20 @@ def missing(experiment: str, cpu: bool) -> str | None:
 # ---- the table -------------------------------------------------------------------------------------------------------
 def row(experiment: str, measured: dict[str, Any], shape, peak: float | None, mean_tokens: float, cpu: bool) -> str:
     """Return an experiment's row: medians over the timed steps."""
-    from medasst_tools.machine.cost import Method, flops_per_token, training_bytes
+    from medasst_tools.machine.cost import flops_per_token, memory_bytes
 
     if "problem" in measured:
         return f"| {experiment} | {measured['problem']} |  |  |  |  |  |  |"
-    method = Method.from_config(leg_config(experiment, Path(), cpu))
+    config = leg_config(experiment, Path(), cpu)
     timed = slice(LONG_STEPS + WARM_STEPS, None)
     seconds, useful, padded = (measured[key][timed] for key in ("seconds", "useful", "padded"))
     rate = sum(useful) / sum(seconds)
-    config = leg_config(experiment, Path(), cpu)
-    rows = method.batch * config.get("gradient_accumulation_steps", 1)
-    done = sum(padded) * flops_per_token(shape, method, statistics.mean(padded) / rows) / sum(seconds)
-    share = f"{done / peak:.1%}" if peak else "unknown"
+    share = f"{sum(padded) * flops_per_token(shape, config) / sum(seconds) / peak:.1%}" if peak else "unknown"
     hours = RECORDS * EPOCHS * mean_tokens / rate / 3600
-    size = f"{method.batch} x {config.get('gradient_accumulation_steps', 1)} x {method.cutoff}"
+    size = f"{config['per_device_train_batch_size']} x {config.get('gradient_accumulation_steps', 1)} x {config['cutoff_len']}"
+    formula = memory_bytes(shape, config)
     return (
-        f"| {experiment} | {size} | {measured['peak'] / GIB:.1f} | {training_bytes(shape, method, gpu=not cpu) / GIB:.1f} "
+        f"| {experiment} | {size} | {measured['peak'] / GIB:.1f} | {f'{formula / GIB:.1f}' if formula else 'unknown'} "
         f"| {statistics.median(seconds):.3f} | {rate:,.0f} | {share} | {hours:,.0f} |"
     )
 
@@ -262,12 +260,12 @@ def main() -> None:
         (folder / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
         return
     from medasst_tools.machine import hardware as machine
-    from medasst_tools.machine.cost import ModelShape, base_config, card_peak
+    from medasst_tools.machine.cost import ModelShape, card_peak, known_config
 
     gpus = [] if args.cpu else machine.gpus()
     if not args.cpu and not gpus:
         sys.exit("bench_gpu: no NVIDIA GPU here; --cpu runs the same code with a tiny shape")
-    config = base_config("Qwen/Qwen2-7B") | (TINY if args.cpu else {})
+    config = known_config("Qwen/Qwen2-7B") | (TINY if args.cpu else {})
     shape = ModelShape.from_config(config)
     card = (
         f"{gpus[0].name}, driver {gpus[0].driver}"

@@ -1,4 +1,4 @@
-"""Prediction in parts of like length against LLaMA-Factory's own order and batch, on the same model and test sets.
+"""Prediction in batches of like length against LLaMA-Factory's own order and batch, on the same model and test sets.
 
 Run: `make bench-predict`, or `make train RAW=data/raw` first and `make bench-predict RAW=data/raw` for other test sets. Both
 are timed with their start; the answers are compared one by one.
@@ -27,8 +27,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ways = {
             "llamafactory-cli train predict.yaml": [BIN / "llamafactory-cli", "train"],
-            "medasst generate": [BIN / "medasst", "generate"],
-            "medasst generate --workers 2": [BIN / "medasst", "generate", "--workers", "2"],
+            "medasst predict": [BIN / "medasst", "predict"],
+            "medasst predict --workers 2": [BIN / "medasst", "predict", "--workers", "2"],
         }
         rows = [
             predict(name, command, args, Path(folder) / str(at)) for at, (name, command) in enumerate(ways.items())
@@ -48,7 +48,7 @@ def predict(name: str, command: list, args: argparse.Namespace, out: Path) -> tu
     run = subprocess.run(words, capture_output=True, text=True, check=False)
     if run.returncode:
         sys.exit(f"{name} ended with {run.returncode}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
-    lines = (out / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (out / "generated_predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     return name, time.monotonic() - began, [json.loads(line)["predict"] for line in lines]
 
 

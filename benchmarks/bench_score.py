@@ -77,16 +77,16 @@ def our_scores(pairs: list[tuple[str, str]], workers: int) -> tuple[float, list]
     from medasst_tools.evaluation import score
 
     score.prepare()
-    records = [(predict, label, False) for predict, label in pairs]
+    records = [score.Prediction("", predict, label) for predict, label in pairs]
     began = time.perf_counter()
-    scores = [tuple(scores) for _, _, scores in score.score_all(records, workers, None)]
+    scores = list(score.score_all(records, workers))
     return time.perf_counter() - began, scores
 
 
 def exam_prompts(model_dir: Path, exams_dir: Path):
     """Return (model, tokenizer, letters' ids, prompts by subject) at 5 shots."""
-    from medasst_tools.evaluation import exam
     from medasst_tools.data.exam_questions import LETTERS, load_protocol, load_subjects
+    from medasst_tools.evaluation import exam
 
     protocol = load_protocol()
     config = {"model_name_or_path": str(model_dir), "template": "qwen", "infer_dtype": "float32"}
@@ -99,7 +99,7 @@ def exam_prompts(model_dir: Path, exams_dir: Path):
                 question,
                 subject,
                 5,
-                protocol["prompt"],
+                next(iter(protocol["prompts"].values())),
                 lambda turns: template.encode_oneturn(tokenizer, turns)[0],
                 4096,
             )

@@ -1,26 +1,29 @@
 """`medasst doctor` and the checks before a training: a table of situations and the line that each gives; hubs are real servers."""
 
+import argparse
 import http.server
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
-from test_training_cost import QWEN2_7B
 
 from medasst_tools import cli
 from medasst_tools.errors import UserError
 from medasst_tools.files import sha256_of
-from medasst_tools.machine import doctor, preflight
+from medasst_tools.machine import cost, doctor, preflight
 from medasst_tools.machine import hardware as machine
 from medasst_tools.machine import hub as hub_models
 
+QWEN2_7B = cost.known_config("Qwen/Qwen2-7B")
 CONFIG = json.dumps(QWEN2_7B).encode()
 
 
@@ -101,7 +104,6 @@ HUB_SITUATIONS = [
     ("owner/absent", HF, "Hugging Face has no model 'owner/absent'; check the id's spelling"),
     ("owner/closed", HF, "owner/closed is gated and there is no token; accept its terms at"),
     ("owner/closed", HF | {"HF_TOKEN": "bad"}, "owner/closed is gated and your token has no access; ask for it at"),
-    ("owner/notamodel", HF, "owner/notamodel has no config.json"),
     ("owner/open", {"HF_HUB_OFFLINE": "1"}, "isn't whole in the cache and HF_HUB_OFFLINE is set"),
     ("owner/absent", MODELSCOPE, "ModelScope has no model 'owner/absent'; check the id's spelling"),
     ("owner/closed", MODELSCOPE, "then set MODELSCOPE_API_TOKEN"),
@@ -134,33 +136,58 @@ def run_medasst(workplace: Path, hub: str, variables: dict, *words: str) -> subp
 
 @pytest.mark.parametrize("variables", [HF, HF | {"HF_TOKEN": "good"}, MODELSCOPE])
 def test_a_model_that_the_hub_has_passes(workplace, hub, variables):
-    """Memory is what stops Qwen2-7B on a CPU here, and the hub's own config.json said how large it is."""
+    """The disk is what stops it, which the model's shape says: by its id, or by the hub's config.json."""
     model = "owner/closed" if "HF_TOKEN" in variables else "owner/open"
-    config = train_config(workplace, model_name_or_path=model, per_device_train_batch_size=1 << 20)
-    (workplace / "train.yaml").write_text(yaml.safe_dump(config))
-    done = run_medasst(workplace, hub, variables, "train", "train.yaml")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "of memory needed" in done.stderr and "lower per_device_train_batch_size or cutoff_len" in done.stderr
+    code = f"from medasst_tools.machine import hub as h; print(*h.locate({model!r}))"
+    done = run_code(workplace, hub, variables, code)
+    assert done.startswith("ok ") and "not yet downloaded" in done
 
 
 @pytest.mark.parametrize("variables", [HF, MODELSCOPE])
-def test_an_unreachable_or_broken_hub_is_unknown_not_a_crash(workplace, hub, closed_port, variables):
-    code = (
-        "from medasst_tools.machine import hub as h; print(*h.locate('owner/broken')[:2]); print(*h.reachable()[:2])"
-    )
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MODELSCOPE_"))}
-    for address, expected in ((hub, ("answers 500", "answers")), (closed_port, ("is unreachable", "is unreachable"))):
-        env = kept | {
-            "HF_ENDPOINT": address,
-            "MODELSCOPE_DOMAIN": address,
-            "PYTHONPATH": str(ROOT),
-            "HF_HOME": str(workplace),
-        }
-        env |= {"MODELSCOPE_HOME": str(workplace), "MODELSCOPE_CACHE": str(workplace)} | variables
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-        model, itself = done.stdout.splitlines()
-        assert model.startswith("unknown" if address == hub else "fail") and expected[0] in model and done.stderr == ""
-        assert itself.startswith("ok" if address == hub else "unknown") and expected[1] in itself
+def test_an_unreachable_or_broken_hub_is_said_in_a_moment(workplace, hub, closed_port, variables):
+    code = "from medasst_tools.machine import hub as h; print(*h.locate('owner/broken')[:2])"
+    assert run_code(workplace, hub, variables, code).startswith("unknown ")
+    began = time.monotonic()
+    assert "doesn't answer" in run_code(workplace, closed_port, variables, code)
+    assert time.monotonic() - began < 15  # a client that retries would take a minute
+
+
+def run_code(workplace: Path, address: str, variables: dict, code: str) -> str:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MODELSCOPE_", "USE_MODEL"))}
+    env = kept | {
+        "HF_ENDPOINT": address,
+        "MODELSCOPE_DOMAIN": address,
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(workplace),
+    }
+    env |= {"MODELSCOPE_HOME": str(workplace), "MODELSCOPE_CACHE": str(workplace)} | variables
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "has_socks", "after", "message"),
+    [
+        ({"http_proxy": "http://a:1"}, False, "http://a:1", None),
+        ({"all_proxy": "socks://127.0.0.1:1080/"}, True, "socks5://127.0.0.1:1080/", None),
+        (
+            {"ALL_PROXY": "socks://127.0.0.1:1080/"},
+            False,
+            None,
+            "ALL_PROXY is socks5://127.0.0.1:1080/, a SOCKS proxy, which needs",
+        ),
+    ],
+)
+def test_proxies(monkeypatch, variables, has_socks, after, message):
+    """A local endpoint is never asked through a proxy; what desktops set works, or is one line."""
+    monkeypatch.setattr(hub_models, "_has_socks", lambda: has_socks)
+    environment = dict(variables) | {"NO_PROXY": "a.cn"}
+    if message:
+        with pytest.raises(UserError, match=message.replace("(", "\\(")):
+            hub_models.check_proxies(environment)
+        return
+    hub_models.check_proxies(environment)
+    assert environment[next(iter(variables))] == after
+    assert environment["NO_PROXY"] == "a.cn,127.0.0.1,localhost,::1" and "127.0.0.1" in environment["no_proxy"]
 
 
 # ---- local models ----------------------------------------------------------------------------------------------------
@@ -168,8 +195,8 @@ def test_an_unreachable_or_broken_hub_is_unknown_not_a_crash(workplace, hub, clo
     ("files", "status", "detail"),
     [
         ({"config.json": "{}", "model.safetensors": ""}, "ok", "is there"),
-        ({"model.safetensors": ""}, "fail", "config.json is missing"),
-        ({"config.json": "{", "model.safetensors": ""}, "fail", "config.json is damaged"),
+        ({"model.safetensors": ""}, "fail", "has no config.json"),
+        ({"config.json": "{", "model.safetensors": ""}, "fail", "is damaged"),
         ({"config.json": "{}"}, "fail", "has no weights"),
         (
             {"config.json": "{}", "a.safetensors": "",
@@ -255,19 +282,37 @@ def model(workplace):
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, [A10], "deepspeed isn't installed, and this config needs it"),
         ({"enable_liger_kernel": True, "bf16": True}, [A10], "liger-kernel isn't installed, and this config needs it"),
         ({"bf16": True}, ["NVIDIA A10, 23028, 535.104.05, GPU-0a"], "NVIDIA A10 can't be used; driver 535.104.05 is older than 580"),
-        ({"bf16": True, "per_device_train_batch_size": 4, "cutoff_len": 512}, ["NVIDIA GeForce RTX 3060, 12288, 580.1, GPU-0a"],
-         "about 19.0 GiB of GPU memory needed, 12.0 GiB there; lower per_device_train_batch_size or cutoff_len, or use medasst_qlora"),
-        ({"bf16": True, "finetuning_type": "full"}, [A10], "GPU memory needed, 22.5 GiB there"),
     ],
 )  # fmt: skip
-def test_what_stops_a_gpu_experiment(workplace, model, monkeypatch, settings, gpus, message):
+def test_what_stops_a_gpu_experiment(workplace, model, monkeypatch, capsys, settings, gpus, message):
     if gpus:
         fake_gpus(workplace, monkeypatch, *gpus)
-    monkeypatch.setattr(machine, "OTHER_ACCELERATORS", ())
     monkeypatch.setattr(machine, "installed", lambda package: None)
+    config = train_config(workplace, model_name_or_path=model, use_cpu=False, **settings)
     with pytest.raises(UserError) as error:
-        preflight.require(train_config(workplace, model_name_or_path=model, use_cpu=False, **settings))
-    assert message in str(error.value) and "\n" not in str(error.value)
+        preflight.require(config)
+    assert message in str(error.value) and "--anyway" in str(error.value) and "\n" not in str(error.value)
+    preflight.require(config, argparse.Namespace(anyway=True))
+    assert f"warning: {message}" in capsys.readouterr().out
+
+
+def test_too_little_memory_is_an_estimate_and_only_warns(workplace, model, monkeypatch, capsys):
+    fake_gpus(workplace, monkeypatch, "NVIDIA GeForce RTX 3060, 12288, 580.1, GPU-0a")
+    monkeypatch.setattr(machine, "free_disk", lambda path: 2**40)
+    settings = {"bf16": True, "use_cpu": False, "per_device_train_batch_size": 4, "cutoff_len": 512}
+    preflight.require(train_config(workplace, model_name_or_path=model, **settings))
+    said = capsys.readouterr().out
+    assert "(estimated), 12.0 GiB there; lower per_device_train_batch_size or cutoff_len, or use medasst_qlora" in said
+    preflight.require(train_config(workplace, model_name_or_path=model, **settings | {"finetuning_type": "full"}))
+    assert "memory" not in capsys.readouterr().out  # not judged
+
+
+def test_transformers_whose_attention_fails_is_refused(monkeypatch):
+    versions = {"transformers": "5.6.0", "flash-attn": "2.8.0"}
+    monkeypatch.setattr(machine, "installed", versions.get)
+    assert doctor.check_attention().status == "fail"
+    versions["transformers"] = "5.5.4"
+    assert doctor.check_attention().status == "ok"
 
 
 def test_the_papers_experiment_passes_on_its_card(workplace, model, monkeypatch, capsys):
@@ -275,12 +320,6 @@ def test_the_papers_experiment_passes_on_its_card(workplace, model, monkeypatch,
     paper = {"bf16": True, "use_cpu": False, "per_device_train_batch_size": 4, "cutoff_len": 512}
     preflight.require(train_config(workplace, model_name_or_path=model, **paper))
     assert capsys.readouterr().out == ""
-
-
-def test_another_accelerator_is_unknown_not_wrong(workplace, monkeypatch):
-    monkeypatch.setattr(machine, "OTHER_ACCELERATORS", (str(workplace),))
-    check = preflight.check_device(train_config(workplace, use_cpu=False, bf16=True), [])
-    assert check.status == "unknown" and str(workplace) in check.detail
 
 
 @pytest.mark.parametrize(
@@ -298,27 +337,20 @@ def test_visible_gpus(tmp_path, monkeypatch, visible, names):
 
 def test_too_little_disk_is_one_line(workplace, model, monkeypatch):
     monkeypatch.setattr(machine, "free_disk", lambda path: 100 << 20)
-    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 40)
-    with pytest.raises(UserError, match=r"about 0\.\d GiB to write at .*saves/x, 100 MiB free; make room"):
+    with pytest.raises(UserError, match=r"about 0\.\d GiB to write, 100 MiB free at .*saves/x; make room"):
         preflight.require(train_config(workplace, model_name_or_path=model))
-
-
-def test_an_adapter_that_was_never_trained(workplace, model):
-    use = {"model_name_or_path": model, "adapter_name_or_path": "saves/never", "template": "qwen", "use_cpu": True}
-    with pytest.raises(UserError, match=r"no trained adapter in saves/never; `make train EXPERIMENT=never` makes it"):
-        preflight.require(use)
 
 
 def test_training_tokens(workplace):
     config = train_config(workplace)
     size = (workplace / "data/a_train.jsonl").stat().st_size
-    assert preflight.training_tokens(config) == (1, size, False)  # no tokenizer gives more tokens than bytes
-    assert preflight.training_tokens(config | {"cutoff_len": 10}) == (1, 10, False)
+    assert doctor.training_tokens(config) == (pytest.approx(size / cost.BYTES_A_TOKEN), False)
+    assert doctor.training_tokens(config | {"cutoff_len": 10}) == (10, False)
     (workplace / "data/audit.json").write_text(
         json.dumps({"datasets": {"a_train": {"n": 1, "tokens": {"mean": 12.5}}}})
     )
-    assert preflight.training_tokens(config) == (1, 12.5, True)
-    assert preflight.training_tokens(config | {"dataset": "b_train"}) is None
+    assert doctor.training_tokens(config) == (12.5, True)
+    assert doctor.training_tokens(config | {"dataset": "b_train"}) is None
 
 
 # ---- the environment -------------------------------------------------------------------------------------------------
@@ -345,7 +377,7 @@ def test_every_extra_of_pyproject_is_known_by_its_package():
     import tomllib
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for package, extra in preflight.SETUP_EXTRAS.items():
+    for package, (_, extra, _) in preflight.EXTRAS.items():
         assert any(line.startswith(package) for line in extras[extra])
 
 
@@ -364,7 +396,6 @@ def experiment(workplace, model, monkeypatch):
     config = train_config(Path(), dataset_dir="data", output_dir="saves/x", model_name_or_path=model)
     (folder / "train.yaml").write_text(yaml.safe_dump(config))
     (folder / "chat.yaml").write_text(yaml.safe_dump({"model_name_or_path": model, "template": "qwen"}))
-    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 40)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("USE_MODELSCOPE_HUB", "0")
     return workplace
@@ -380,18 +411,18 @@ def test_all_well_exits_0(experiment, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines} <= {"ok", "warn", "unknown"}
     assert any("1 datasets, 1 records, every sha256" in line for line in lines)
-    assert any(line.startswith("unknown hours") for line in lines)  # nothing was measured in this folder
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: (data / "a_train.jsonl").unlink(), "missing, cut or changed"),
+        (lambda data: (data / "a_train.jsonl").unlink(), "which isn't there"),
         (lambda data: (data / "a_train.jsonl").write_text("{}\n"), "missing, cut or changed"),
         (lambda data: (data / "a_train.jsonl").write_bytes((data / "a_train.jsonl").read_bytes().replace(b"i", b"j", 1)),
          "missing, cut or changed"),
-        (lambda data: (data / "manifest.json").unlink(), "its conversion didn't end"),
-        (lambda data: (data / "manifest.json").write_text('{"datasets": {}}'), "lacks a_train"),
+        (lambda data: (data / "dataset_info.json").unlink(), "dataset_info.json yet"),
+        (lambda data: (data / "dataset_info.json").write_text("{}"), "no dataset 'a_train'"),
+        (lambda data: (data / "manifest.json").write_text('{"datasets": {}}'), "isn't what manifest.json says"),
     ],
 )  # fmt: skip
 def test_data_that_is_not_whole(experiment, capsys, damage, message):
@@ -405,23 +436,24 @@ def test_data_that_is_not_whole(experiment, capsys, damage, message):
     )
 
 
-def test_hours_from_a_run_that_was_measured_here(experiment, model, capsys):
-    config = yaml.safe_load((experiment / "factory_configs/x/train.yaml").read_text())
-    run = {
-        "inputs": {"config": config}, "tokens": 60, "training_seconds": 100.0, "steps": 1, "hardware": doctor.hardware(),
-    }  # fmt: skip
-    (experiment / "saves/earlier").mkdir(parents=True)
-    (experiment / "saves/earlier/run.json").write_text(json.dumps(run))
-    (experiment / "data/audit.json").write_text(
-        json.dumps({"datasets": {"a_train": {"n": 1, "tokens": {"mean": 60}}}})
-    )
+def test_data_of_ones_own_is_said(experiment, capsys):
+    (experiment / "data/manifest.json").unlink()
+    status, found = findings(capsys, "x")
+    assert status == 0 and "your own: not converted here" in found["data"]["detail"]
+
+
+def test_days_are_a_range(experiment, model, monkeypatch, capsys):
+    path = experiment / "factory_configs/x/train.yaml"
+    config = yaml.safe_load(path.read_text()) | {"max_steps": -1, "bf16": True, "use_cpu": False}
+    path.write_text(yaml.safe_dump(config))
+    fake_gpus(experiment, monkeypatch, A10)
     _, found = findings(capsys, "x")
-    assert found["hours"]["status"] == "ok" and found["hours"]["detail"].startswith("1.7 minutes (60 tokens")
+    assert re.match(r"[\d.]+ to [\d.]+ days on 1 x NVIDIA A10, estimated", found["days"]["detail"])
 
 
 def test_the_environment_alone_and_an_unknown_experiment(experiment, capsys):
     status, found = findings(capsys)
-    assert status == 0 and {"python", "packages", "gpu", "disk", "hub", "fonts", *preflight.EXTRAS} == set(found)
+    assert status == 0 and {"python", "packages", "attention", "gpu", "disk", *preflight.EXTRAS} == set(found)
     assert cli.main(["doctor", "y"]) == 2
     assert capsys.readouterr().err == "medasst doctor: error: no experiment 'y' in factory_configs; there are: x\n"
 

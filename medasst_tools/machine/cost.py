@@ -87,10 +87,15 @@ class ModelShape:
         return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linear_layers())
 
 
+def known_config(model: str) -> dict[str, Any] | None:
+    """Return what base_models.yaml has of a hub id's config.json, None of another."""
+    return next((one.get("config") for one in read_yaml(BASE_MODELS) if model in one["ids"]), None)
+
+
 def known_shape(model: str) -> ModelShape | None:
     """Return the shape of a hub id that base_models.yaml describes, None of another."""
-    entry = next((one for one in read_yaml(BASE_MODELS) if model in one["ids"]), {})
-    return ModelShape.from_config(entry["config"]) if entry.get("config") else None
+    config = known_config(model)
+    return ModelShape.from_config(config) if config else None
 
 
 def weight_bytes(shape: ModelShape, config: dict[str, Any]) -> float:
@@ -126,11 +131,16 @@ def checkpoint_bytes(shape: ModelShape, config: dict[str, Any]) -> int:
     return 12 * (adapter_parameters(shape, config) if lora else shape.parameters)
 
 
+def flops_per_token(shape: ModelShape, config: dict[str, Any]) -> float:
+    """Return the operations that a LoRA training takes for a token, but for attention's and the adapter's own."""
+    passes = 4 if config.get("disable_gradient_checkpointing") else 6
+    return passes * shape.layer_weights + 4 * shape.vocabulary * shape.hidden
+
+
 def seconds_of_training(shape: ModelShape, config: dict[str, Any], tokens: float, peak: float) -> tuple[float, float]:
     """Return the least and the most seconds for `tokens` useful tokens on cards with `peak` operations a second together."""
-    passes = 4 if config.get("disable_gradient_checkpointing") else 6
-    work = tokens * (passes * shape.layer_weights + 4 * shape.vocabulary * shape.hidden)
-    work *= 1.0 if config.get("packing") or config.get("neat_packing") else PADDED
+    padded = tokens * (1.0 if config.get("packing") or config.get("neat_packing") else PADDED)
+    work = padded * flops_per_token(shape, config)
     return work / (peak * REACHED[1]), work / (peak * REACHED[0])
 
 

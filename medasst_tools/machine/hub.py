@@ -7,6 +7,7 @@ USE_MODELSCOPE_HUB=1, else Hugging Face), at the clients' own endpoints with the
 import json
 import os
 import re
+import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,7 +104,9 @@ def _ask_modelscope(model: str, revision: str | None) -> Located:
     import httpx
     from modelscope_hub.config import HubConfig
 
-    hub = HubConfig()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of MODELSCOPE_DOMAIN, which its older client knows only
+        hub = HubConfig()
     owner, name = model.split("/")
     for folder in (
         hub.cache_dir / "models" / owner / name.replace(".", "___"),
