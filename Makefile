@@ -47,6 +47,14 @@ endif
 ifeq ($(filter $(BACKEND),llamafactory api),)
   $(error BACKEND is '$(BACKEND)', must be llamafactory or api)
 endif
+# a typo in a variable's name is said; what LLaMA-Factory, torchrun, uv and the hubs' clients read goes through
+KNOWN := EXPERIMENT EXPERIMENTS ARGS RESTART EXTRAS DATA_ARGS SHOTS BACKEND API_BASE API_ARGS AUDIT_ARGS EXAM_ARGS SAFETY_ARGS \
+  RAW EXAMS MAX_REJECTS NAMES PYTHON READY TRAIN_FLAGS V MEDASST
+THEIRS := API_% CHAT_% CUDA_% GRADIO_% HF_% MASTER_% MEDASST_% MODELSCOPE_% N% OMP_% PIP_% RDZV_% USE_% UV_% MAX_CONCURRENT
+TYPED := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+ifneq ($(filter-out $(KNOWN) $(THEIRS),$(TYPED)),)
+  $(error no make variable $(filter-out $(KNOWN) $(THEIRS),$(TYPED)); there are $(KNOWN))
+endif
 # ARGS and RESTART=1 are EXPERIMENT's: what it stands on, or is compared with, is trained anew only if it must be
 again = $(MAKE) $(1) EXPERIMENT=$(2) READY=$(DATA) $(if $(filter $(EXPERIMENT),$(2)),,ARGS= RESTART=$(if $(RESTART),if-other)) &&
 
@@ -73,9 +81,7 @@ download: setup ## fetch all corpora and exams into data/raw and data/exams (NAM
 	$(if $(filter file,$(origin HF_HUB_OFFLINE)),HF_HUB_OFFLINE=0) $(MEDASST) download $(NAMES)
 
 data: configs ## convert RAW into EXPERIMENT's dataset_dir
-ifneq ($(READY),$(DATA))
-	@$(MEDASST) convert --raw-dir "$(RAW)" --out-dir "$(DATA)" --max-rejects $(MAX_REJECTS) $(DATA_ARGS)
-endif
+	@$(if $(filter $(READY),$(DATA)),true,$(MEDASST) convert --raw-dir "$(RAW)" --out-dir "$(DATA)" --max-rejects $(MAX_REJECTS) $(DATA_ARGS))
 
 configs: setup ## render factory_configs/ from experiments.yaml and templates/
 ifeq ($(READY),)
@@ -111,8 +117,13 @@ score: setup
 report: setup ## write results/report.md, report_zh.md and report.html
 	@$(MEDASST) report
 
-eval: data ## everything, from installation to report (EXPERIMENTS="demo_base demo")
+eval: plan data ## everything, from installation to report (EXPERIMENTS="demo_base demo")
 	@$(foreach name,$(EXPERIMENTS),$(call again,evaluate,$(name))) $(MEDASST) report
+	@echo "Next: make chat, make api (EXPERIMENT=$(EXPERIMENT)); a real model: make doctor EXPERIMENT=medasst"
+
+plan: setup
+	@echo "make eval: data, then training, predictions, exams and scores of $(EXPERIMENTS), then the report."
+	@echo "$(if $(filter demo%,$(EXPERIMENT)),About four minutes on two cores.,How long: make doctor EXPERIMENT=$(EXPERIMENT).) Logs: saves/*/train.log and results/*/*.log; V=1 shows them as they come."
 
 evaluate:
 	@if [ -f $(CONFIGS)/train.yaml ]; then $(MAKE) train TRAIN_FLAGS=--more-samples-will-do; fi

@@ -47,6 +47,17 @@ def logged(log: Path) -> Iterator[TextIO]:
             ) from error
 
 
+@contextlib.contextmanager
+def log_of_child(log: Path) -> Iterator[int | None]:
+    """Yield what a child process gets as stdout and stderr: the log's descriptor, or None where everything is shown."""
+    if verbose():
+        yield None
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        yield file.fileno()
+
+
 def _restore(saved: int, number: int, stream: TextIO) -> None:
     stream.flush()
     os.dup2(saved, number)

@@ -139,14 +139,3 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number} is damaged; run the step that writes it again")
             yield record
-
-
-only_one_run = locked  # until every room has adopted the ledger
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json")
-
-
-def model_sha256(folder: Path, patterns: tuple[str, ...] = ()) -> str | None:
-    """Until every room has adopted the ledger."""
-    from medasst_tools import provenance
-
-    return provenance.folder_sha256(folder, patterns or provenance.MODEL_FILES)

@@ -1,13 +1,24 @@
-"""The README's command for real: `make eval` from a checkout to a report, killed once, and what a change makes it redo."""
+"""The README's command for real: `make eval` from a checkout to a report, killed once, and what make does, or refuses, after it."""
 
 import json
+import re
+import shutil
 import subprocess
+import time
 
 import pytest
-from conftest import run_make
+from conftest import ROOT, run_make
 
 pytestmark = pytest.mark.end_to_end
 METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
+RECORDS = {
+    "data/demo",
+    "saves/tiny_qwen2/tiny_model.json",
+    "saves/demo_base",
+    "saves/demo",
+    *(f"results/{name}/{file}" for name in ("demo", "demo_base") for file in ("predictions.json", "exam.json", "scores.json")),
+    "results/report.json",
+}  # fmt: skip
 
 
 def scores(project, experiment):
@@ -19,23 +30,37 @@ def questions_and_answers(project, split) -> set[tuple[str, str]]:
     return {(record["instruction"], record["output"]) for record in map(json.loads, lines)}
 
 
-def steps_of(dry_run: str) -> set[str]:
-    """Return the steps that `make -n` would run, as "verb experiment" or just "verb"."""
-    steps = set()
-    for line in dry_run.splitlines():
-        experiment = next((name for name in ("demo_base", "demo") if f"/{name}/" in line), "")
-        if ".venv/bin/medasst " in line:
-            steps.add(f"{line.split()[1]} {experiment}".strip())
-    return steps
+@pytest.fixture
+def another(project, evaluated, tmp_path):
+    """A copy of the evaluated project, for a test that changes what is there."""
+    return shutil.copytree(project, tmp_path / "project", symlinks=True)
 
 
+def refused(project, *words: str) -> str:
+    """Run make, which must end with status 2 and without a traceback; return what it said."""
+    run = run_make(project, *words, check=False)
+    assert run.returncode == 2, run.stdout
+    assert "Traceback" not in run.stdout
+    return run.stdout
+
+
+# ---- the first time -------------------------------------------------------------------------------------------------
 def test_a_killed_training_goes_on(evaluated):
-    assert "finished" not in evaluated["killed"]
+    assert "trained" not in evaluated["killed"]
     assert "saves/demo_base: going on from step" in evaluated["eval"]
 
 
+def test_the_output_is_a_plan_a_line_a_step_and_the_scores(evaluated):
+    lines = evaluated["eval"].splitlines()
+    assert len(lines) < 80
+    assert lines[0].startswith("make eval: data, then training, predictions, exams and scores of demo_base demo")
+    assert not [line for line in lines if re.search(r"it/s|\[INFO|\{'loss'|Warning", line)]
+    assert [name for name in METRICS if name in "\n".join(lines[-12:]).lower()] == list(METRICS)
+    assert "results/report.html" in "\n".join(lines[-12:])
+
+
 def test_everything_is_there(project, evaluated):
-    manifest = json.loads((project / "data/demo/manifest.json").read_text(encoding="utf-8"))["datasets"]
+    manifest = json.loads((project / "data/demo").read_text(encoding="utf-8"))["datasets"]
     for name, counts in manifest.items():
         assert counts["read"] == counts["kept"] + sum(counts["skipped"].values()) + sum(counts["rejected"].values()), (
             name
@@ -58,15 +83,25 @@ def test_tuning_helps_on_records_that_training_never_saw(project, evaluated):
 
 
 def test_scores_equal_llamafactorys_own(project, evaluated):
+    """LLaMA-Factory's ComputeSimilarity, on the texts of the predictions, record by record."""
+    from collections import Counter
+
+    import jieba
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    from rouge_chinese import Rouge
+
+    theirs: Counter[str] = Counter()
+    lines = (project / "results/demo/generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, lines):
+        said, wanted = " ".join(jieba.cut(row["predict"])), " ".join(jieba.cut(row["label"]))
+        if said.split() and wanted.split():
+            for name, value in Rouge().get_scores(said, wanted)[0].items():
+                theirs[name] += round(value["f"] * 100, 4)
+        method3 = SmoothingFunction().method3
+        bleu = sentence_bleu([list(row["label"])], list(row["predict"]), smoothing_function=method3)
+        theirs["bleu-4"] += round(bleu * 100, 4)
     ours = scores(project, "demo")
-    theirs = json.loads((project / "results/demo/predict_results.json").read_text(encoding="utf-8"))
-    assert {m: ours[m] for m in METRICS} == pytest.approx({m: theirs[f"predict_{m}"] for m in METRICS}, abs=1e-9)
-
-
-def test_a_second_eval_has_nothing_to_do(project, evaluated):
-    again = run_make(project, "eval")
-    assert "Nothing to be done for 'eval'" in again.stdout
-    assert steps_of(again.stdout) == set()
+    assert {m: ours[m] for m in METRICS} == pytest.approx({m: theirs[m] / len(lines) for m in METRICS}, abs=1e-9)
 
 
 def test_the_checkout_stays_clean(project, evaluated):
@@ -76,54 +111,125 @@ def test_the_checkout_stays_clean(project, evaluated):
     assert status.stdout == ""
 
 
-BOTH = ("demo", "demo_base")
-EVALUATION = {f"{verb} {name}" for verb in ("generate", "score", "exam") for name in BOTH}
+# ---- again ----------------------------------------------------------------------------------------------------------
+def test_a_second_eval_finds_everything_up_to_date(project, evaluated):
+    made = {path: path.stat().st_mtime_ns for path in (project / "results").rglob("*") if path.is_file()}
+    said = run_make(project, "eval").stdout
+    assert set(re.findall(r"^(\S+): up to date$", said, re.MULTILINE)) == RECORDS
+    assert {path: path.stat().st_mtime_ns for path in (project / "results").rglob("*") if path.is_file()} == made
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "verb"),
+    [
+        ("factory_configs/experiments.yaml", "# ", "#  ", None),  # comments
+        ("templates/predict.yaml.j2", "answers to the", "replies to the", None),  # a comment too
+        ("templates/train.yaml.j2", "logging_steps: ", "logging_first_step: true\nlogging_steps: ", None),
+    ],
+)
+def test_what_changes_no_result_makes_nothing_anew(another, path, old, new, verb):
+    file = another / path
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    said = run_make(another, "eval").stdout
+    assert set(re.findall(r"^(\S+): up to date$", said, re.MULTILINE)) == RECORDS
+
+
+def test_more_of_the_same_asks_only_what_is_new(another):
+    """A smoke test of what comes after the training, then the whole: the answers that are there stay."""
+    said = run_make(another, "predict", "exam", "score", "report", "ARGS=max_samples=2").stdout
+    assert "max_samples unset -> 2" in said
+    assert scores(another, "demo")["n"] == 8
+    assert "demo (max_samples=2)" in (another / "results/report.md").read_text(encoding="utf-8")
+    said = run_make(another, "eval").stdout
+    assert "41 answers" in said and "max_samples 2 -> unset" in said
+    assert scores(another, "demo")["n"] == 41
+    assert "max_samples=2" not in (another / "results/report.md").read_text(encoding="utf-8")
+
+
+# ---- refused --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "ARGS=learning_rate=2e-3"], ["learning_rate 0.005 -> 0.002", "output_dir=saves/another", "RESTART=1"]),
+        (["train", "ARGS=learning_rte=2e-3"], ["learning_rte", "did you mean learning_rate?"]),
+        (["train", "ARGS=max_steps=2"], ["max_steps", "RESTART=1"]),
+        (["eval", "ARGS=learning_rate=2e-3"], ["learning_rate 0.005 -> 0.002"]),
+        (["data", "RAW=nowhere"], ["nowhere"]),
+        (["data", "RAW=nowhere at all"], ["nowhere at all"]),
+        (["train", "EXPERIMENT=nope"], ["nope", "demo_base", "medasst"]),
+        (["train", "EXPERIMENT=qwen2_7b"], ["qwen2_7b is not fine-tuned"]),
+        (["export", "EXPERIMENT=demo_base"], ["demo_base has no adapter"]),
+        (["exam", "EXAMS=nowhere"], ["nowhere"]),
+        (["predict", "BACKEND=vllm"], ["BACKEND is 'vllm'"]),
+        (["train", "EXPERIMNT=demo"], ["no make variable EXPERIMNT", "EXPERIMENT"]),
+        (["setup", "PYTHON=nopython"], ["PYTHON is 'nopython'"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_and_nothing_is_touched(project, evaluated, words, said):
+    before = {path: path.stat().st_mtime_ns for path in (project / "saves").rglob("*.safetensors")}
+    output = refused(project, *words)
+    assert [word for word in said if word not in output] == [], output
+    assert {path: path.stat().st_mtime_ns for path in (project / "saves").rglob("*.safetensors")} == before
+
+
+# ---- only what is asked for -----------------------------------------------------------------------------------------
+def test_a_model_that_is_there_needs_neither_corpora_nor_training(another):
+    for made in ("data", "results"):
+        shutil.rmtree(another / made)
+    said = run_make(another, "exam", "RAW=nowhere").stdout
+    assert "results/demo/exam.json" in said and "demo average" in said
+    assert not (another / "data").exists()
+
+
+def test_clean_removes_only_what_the_demo_made(another):
+    (another / "saves/medasst").mkdir()
+    (another / "results/medasst").mkdir()
+    run_make(another, "clean")
+    assert sorted(path.name for path in (another / "saves").iterdir() if path.is_dir()) == ["medasst"]
+    assert [path.name for path in (another / "results").iterdir() if path.is_dir()] == ["medasst"]
+
+
+def make_with_words(project, *words: str) -> list[list[str]]:
+    """Run make with a `medasst` that only writes down when it began and ended, and with what; return the words of each call."""
+    log, fake = project / "calls", project / "fake"
+    fake.write_text(f'#!/bin/sh\necho "begin $*" >> {log}; sleep 0.2; echo "end $*" >> {log}\n')
+    fake.chmod(0o755)
+    log.unlink(missing_ok=True)
+    run_make(project, *words, f"MEDASST={fake}")
+    lines = log.read_text().splitlines()
+    assert [line.removeprefix("begin ") for line in lines[::2]] == [line.removeprefix("end ") for line in lines[1::2]]
+    return [line.split()[1:] for line in lines[::2]]
+
+
+def test_many_jobs_are_done_one_after_the_other(another):
+    """`make -j4 eval`: each begins when the one before has ended."""
+    verbs = [words[0] for words in make_with_words(another, "-j4", "eval")]
+    assert verbs.count("train") == 3  # the demo's base for itself and below the demo
+    assert verbs[-1] == "report"
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["EXAMS=other"], {f"exam {name}" for name in BOTH} | {"report"}),
-        (["SHOTS=5"], {f"exam {name}" for name in BOTH} | {"report"}),
-        (["RAW=other"], {"convert", "tiny-model", "train demo", "train demo_base", "report"} | EVALUATION),
+        (["data"], "--raw-dir dataset_info/samples/raw --out-dir data/demo --max-rejects 0.1"),
+        (["data", "RAW=data/raw"], "--raw-dir data/raw --out-dir data/demo --max-rejects 0.01"),
+        (["data", "EXPERIMENT=medasst"], "--raw-dir data/raw --out-dir data/full --max-rejects 0.01"),
     ],
 )
-def test_other_inputs_redo_what_depends_on_them(project, evaluated, words, expected):
-    assert steps_of(run_make(project, "-n", "eval", *words).stdout) == expected
+def test_data_goes_where_the_experiment_reads(another, words, expected):
+    assert " ".join(make_with_words(another, *words)[-1][1:]) == expected
 
 
-@pytest.mark.parametrize(
-    ("path", "old", "new", "expected"),
-    [
-        ("templates/predict.yaml.j2", "num_beams", "num_beams", set()),
-        ("templates/predict.yaml.j2", "answers to the", "replies to the", {"generate", "score"}),
-        ("templates/chat.yaml.j2", "the model in use", "the model at work", {"exam"}),
-    ],
-)
-def test_a_changed_template_redoes_what_depends_on_it(project, evaluated, path, old, new, expected):
-    file = project / path
-    text = file.read_text(encoding="utf-8")
-    try:
-        file.write_text(text.replace(old, new), encoding="utf-8")
-        run_make(project, "configs")
-        steps = steps_of(run_make(project, "-n", "eval").stdout)
-    finally:
-        file.write_text(text, encoding="utf-8")
-        run_make(project, "configs")
-        for stale in project.glob("factory_configs/*/*.yaml"):  # as they were, so that the next test starts from done
-            subprocess.run(["touch", "-d", "2020-01-01", str(stale)], check=True)
-    assert steps == {f"{verb} {name}" for verb in expected for name in BOTH} | ({"report"} if expected else set())
+def test_the_config_says_where_the_data_is(another):
+    config = another / "factory_configs/demo/predict.yaml"
+    config.write_text(config.read_text(encoding="utf-8").replace("data/demo", "data/mine"), encoding="utf-8")
+    assert "--out-dir data/mine" in " ".join(make_with_words(another, "data")[-1])
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["data", "RAW=nowhere"], "nowhere"),
-        (["train", "EXPERIMENT=nope"], "nope"),
-        (["exam", "EXAMS=nowhere"], "nowhere"),
-    ],
-)
-def test_a_mistake_is_named_and_ends_with_status_2(project, evaluated, words, message):
-    run = run_make(project, *words, check=False)
-    assert run.returncode == 2
-    assert message in run.stdout and "Traceback" not in run.stdout
+def test_make_alone_lists_the_targets():
+    started = time.monotonic()
+    said = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"eval", "train", "report", "doctor"} <= set(re.findall(r"make (\S+) ", said))
+    assert time.monotonic() - started < 60

@@ -30,7 +30,6 @@ def medasst_in_process(words: list[str], log: Path) -> None:
 
     def launch_training(args, config, launch, lock=None):
         run_exp(load(args.config, [*args.overrides, "include_num_input_tokens_seen=non_padding"]))
-        return 0
 
     train.launch_training = launch_training
     os.environ["OMP_NUM_THREADS"] = "1"  # read at the first parallel region; a very small model is faster so

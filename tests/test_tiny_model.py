@@ -66,6 +66,23 @@ def test_llamafactory_loads_it_with_the_qwen_template(tiny):
     assert load_model(tokenizer, model_args, finetuning_args).get_input_embeddings().num_embeddings >= len(tokenizer)
 
 
+def test_what_is_there_stays_until_its_data_changes(tmp_path, capsys):
+    data, model = tmp_path / "data", tmp_path / "model"
+    data.mkdir()
+    words = ["tiny-model", "--data-dir", str(data), "--out", str(model)]
+    said = []
+    for text in ("头痛两天", "头痛两天", "发烧三天"):
+        record = {"instruction": text, "input": "", "output": "休息"}
+        (data / "a_train.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+        assert cli.main(words) == 0
+        said.append(capsys.readouterr().out)
+    assert "a random Qwen2" in said[0]
+    assert said[1] == f"{model}/tiny_model.json: up to date\n"
+    assert "made anew: file a_train " in said[2] and "a random Qwen2" in said[2]
+    assert cli.main([*words, "--seed", "1"]) == 0
+    assert "made anew: seed 42 -> 1" in capsys.readouterr().out
+
+
 def test_no_training_set_is_one_line_and_status_2(tmp_path, capsys):
     assert cli.main(["tiny-model", "--data-dir", str(tmp_path), "--out", str(tmp_path / "model")]) == 2
     assert "run `medasst convert" in capsys.readouterr().err

@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
     for name, result in results.items():
         for kind, reason in result["stale"].items():
             print(f"stale: {name}, {kind}: {reason}")
-    print(f"{args.results_dir}/report.md, report_zh.md, report.html: {', '.join(names) or 'no experiment run yet'}")
+    print(tables.printed(results) if results else "no experiment run yet")
+    print(f"The report beside the paper's tables: {args.results_dir}/report.html (report.md, report_zh.md)")
 
 
 def made_of(names: list[str], args: argparse.Namespace) -> dict[str, Any]:

@@ -100,6 +100,19 @@ def _our_row(
     return [name, f"{scores['n']:,}", *cells]
 
 
+def printed(results: dict[str, dict[str, Any]]) -> str:
+    """Return the scores as lines for a terminal: a row an experiment, without intervals."""
+    columns = [("exam", *column) for column in EXAM_COLUMNS] + [("scores", *column) for column in dialogue_columns()]
+    width = max(map(len, (result["shown"] for result in results.values())), default=0) + 2
+    titles = header([(title, key) for _, title, key in columns], "en")
+    lines = [" " * width + "".join(f"{title:>9}" for title in titles)]
+    for result in results.values():
+        cells = [STALE["en"] if kind in result["stale"] else (result[kind] or {}).get(key, "-") for kind, _, key in columns]
+        values = [f"{cell:.2f}" if isinstance(cell, float) else cell for cell in cells]
+        lines.append(f"{result['shown']:{width}}" + "".join(f"{value:>9}" for value in values))
+    return "\n".join(lines)
+
+
 def cell(text: str, length: int = 160) -> str:
     """Return a model's text as it can stand in a table: one line, nothing that Markdown or HTML would read as its own."""
     line = " ".join(text.split())

@@ -16,12 +16,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from medasst_tools import provenance
 from medasst_tools.errors import UserError
-from medasst_tools.files import write_json
+from medasst_tools.files import locked, read_jsonl, sha256_of, write_json
 
 # Qwen2's own special tokens; LLaMA-Factory's `qwen` template writes the two chat marks and pads with the first.
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT_DATASET = "text"
+RECORD = "tiny_model.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,30 +34,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build the model from the training sets in `--data-dir`."""
-    documents = list(training_documents(args.data_dir))
-    build_tiny_model(documents, args.out, seed=args.seed)
+    """Build the model from the training sets in `--data-dir`, if it isn't there and of just these."""
+    paths = training_files(args.data_dir)
+    about = provenance.made_of(
+        {"seed": args.seed},
+        {path.stem: sha256_of(path) for path in paths},
+        versions=provenance.package_versions("tokenizers", "torch", "transformers"),
+    )
+    busy = f"{args.out} is being made by another process; wait for it"
+    with locked(args.out.parent / f".{args.out.name}.lock", busy):
+        if provenance.up_to_date(args.out / RECORD, about):
+            return
+        documents = list(training_documents(args.data_dir))
+        build_tiny_model(documents, args.out, seed=args.seed)
+        weights = args.out / "model.safetensors"
+        write_json(args.out / RECORD, provenance.record(args.out / RECORD, about, [weights]))
     print(f"{args.out}: a random Qwen2 and a tokenizer trained on {len(documents)} documents of {args.data_dir}")
 
 
-def training_documents(data_dir: Path) -> Iterator[str]:
-    """Yield each training record of a converted folder as plain text: its turns, oldest first, one a line.
+def training_files(data_dir: Path) -> list[Path]:
+    """Return the `*_train` datasets of a converted folder: the test records stay unseen by the tokenizer and by the weights.
 
-    Only `*_train` datasets are read: the test records stay unseen by the tokenizer and by the weights.
-    Raises UserError if the folder has no training set.
+    UserError if there is none.
     """
     paths = sorted(data_dir.glob("*_train.jsonl"))
     if not paths:
         raise UserError(
             f"no *_train.jsonl in {data_dir}; run `medasst convert --raw-dir RAW --out-dir {data_dir}` first"
         )
-    for path in paths:
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                record = json.loads(line)
-                turns = [text for pair in record.get("history", []) for text in pair]
-                turns += [record["instruction"], record["input"], record["output"]]
-                yield "\n".join(turn for turn in turns if turn)
+    return paths
+
+
+def training_documents(data_dir: Path) -> Iterator[str]:
+    """Yield each training record of a converted folder as plain text: its turns, oldest first, one a line."""
+    for path in training_files(data_dir):
+        for record in read_jsonl(path):
+            turns = [text for pair in record.get("history", []) for text in pair]
+            turns += [record["instruction"], record["input"], record["output"]]
+            yield "\n".join(turn for turn in turns if turn)
 
 
 def build_tiny_model(
@@ -73,7 +89,9 @@ def build_tiny_model(
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # one file of a few megabytes
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from medasst_tools import provenance
+from medasst_tools import console, provenance
 from medasst_tools.config import load
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import locked, open_permissions, read_json, write_json
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     if launch.rank and not config.get("save_on_each_node"):  # node 0 prepares the folder that they share, and writes
         step = agree_on_step(launch, lambda: checkpoints.whole_steps(output_dir))
         if step is None or not checkpoints.is_last_step(output_dir / f"checkpoint-{step}"):
-            check_status(launch_training(args, config, launch))
+            launch_training(args, config, launch)
         return
     lock = output_dir.parent / f".{output_dir.name}.lock"  # beside the folder, which may be moved
     busy = f"{output_dir} is being trained by another process; wait for it, or end it first"
@@ -143,9 +143,14 @@ def train(args: argparse.Namespace, config: dict[str, Any], launch: Launch, abou
         print(f"{output_dir}: the last step was done, the kill took only the saving: finished from {last.name}")
         checkpoints.finish_from(last, output_dir)
     else:
-        check_status(launch_training(args, config, launch, lock))
-    write_json(output_dir / RUN, complete(output_dir, config, note))
+        launch_training(args, config, launch, lock)
+    run = complete(output_dir, config, note)
+    write_json(output_dir / RUN, run)
     (output_dir / STARTED).unlink(missing_ok=True)
+    loss = "no loss logged" if run["train_loss"] is None else f"mean loss {run['train_loss']:.3f}"
+    print(
+        f"{output_dir}: trained {run['steps']} steps in {run['seconds']:.0f} s, {loss}; run {provenance.run_id(run)}"
+    )
 
 
 def begin(output_dir: Path, about: dict[str, Any], step: int | None, processes: int | None) -> dict[str, Any]:
@@ -188,11 +193,12 @@ def complete(output_dir: Path, config: dict[str, Any], note: dict[str, Any]) -> 
     )
 
 
-def check_status(status: int) -> None:
-    """Raise CheckFailed if the training ended with an error, which it has printed."""
+def check_status(status: int, log: Path) -> None:
+    """Raise CheckFailed with the end of the log if the training ended with an error."""
     if status != 0:
         raise CheckFailed(
-            f"llamafactory-cli train ended with status {status}; the same command goes on from the last checkpoint"
+            f"llamafactory-cli train ended with status {status}; the same command goes on from the last checkpoint; "
+            + console.end_of(log)
         )
 
 
@@ -206,8 +212,11 @@ def check_with_llamafactory(config: dict[str, Any]) -> None:
         raise UserError(f"LLaMA-Factory refuses this config: {' '.join(str(error).split())[:300]}") from None
 
 
-def launch_training(args: argparse.Namespace, config: dict[str, Any], launch: Launch, lock: int | None = None) -> int:
-    """Run `llamafactory-cli train` and return its status; it ends with this process, and when its loss is no number."""
+def launch_training(args: argparse.Namespace, config: dict[str, Any], launch: Launch, lock: int | None = None) -> None:
+    """Run `llamafactory-cli train`, its output in `train.log` beside the model; CheckFailed if it fails.
+
+    It ends with this process, and when its loss is no number.
+    """
     # LLaMA-Factory logs a NaN as 0 unless told otherwise
     overrides = [*args.overrides, *launch.overrides, "logging_nan_inf_filter=false"]
     if "include_num_input_tokens_seen" not in config:
@@ -215,13 +224,18 @@ def launch_training(args: argparse.Namespace, config: dict[str, Any], launch: La
         overrides.append(f"include_num_input_tokens_seen={'all' if config.get('neat_packing') else 'non_padding'}")
     config = load(args.config, overrides)
     output_dir = Path(config["output_dir"])
-    with launchable(args.config, overrides, config, torchrun="FORCE_TORCHRUN" in launch.environment) as words:
+    log = output_dir / (f"train-{launch.rank}.log" if launch.rank else "train.log")
+    with (
+        launchable(args.config, overrides, config, torchrun="FORCE_TORCHRUN" in launch.environment) as words,
+        console.log_of_child(log) as output,
+    ):
         command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", *words]
         held = () if lock is None else (lock,)
-        child = subprocess.Popen(command, env=child_environment(os.environ, launch), pass_fds=held)
+        environment = child_environment(os.environ, launch)
+        child = subprocess.Popen(command, env=environment, pass_fds=held, stdout=output, stderr=output)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
-            return _wait(child, output_dir)
+            check_status(_wait(child, output_dir), log)
         except BaseException:
             _end_with_children(child)
             raise
@@ -230,16 +244,21 @@ def launch_training(args: argparse.Namespace, config: dict[str, Any], launch: La
 
 
 def _wait(child: subprocess.Popen, output_dir: Path) -> int:
-    """Return the child's status; a training whose loss is no number is ended, with CheckFailed."""
+    """Show how far the child is and return its status; a training whose loss is no number is ended, with CheckFailed."""
     seen, status = len(checkpoints.read_log(output_dir)), None
-    while status is None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = child.wait(LOOK_EVERY)
-        if (step := checkpoints.first_without_number(checkpoints.read_log(output_dir)[seen:])) is not None:
-            raise CheckFailed(
-                f"{output_dir}: the loss at step {step} is NaN or infinite, and the training was stopped. Look for a base with "
-                "NaN, a learning_rate that is too high, or broken records; then train anew with --restart"
-            )
+    with console.bar(sys.stderr, desc=f"train {output_dir.name}", unit="step") as bar:
+        while status is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = child.wait(LOOK_EVERY)
+            rows = checkpoints.read_log(output_dir)[seen:]
+            if rows:
+                bar.total = rows[-1]["total_steps"]
+                bar.update(rows[-1]["current_steps"] - bar.n)
+            if (step := checkpoints.first_without_number(rows)) is not None:
+                raise CheckFailed(
+                    f"{output_dir}: the loss at step {step} is NaN or infinite, and the training was stopped. Look for a base "
+                    "with NaN, a learning_rate that is too high, or broken records; then train anew with --restart"
+                )
     return status
 
 
