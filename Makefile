@@ -158,6 +158,7 @@ test-slow: setup ## the long forms: ten kills of `make train`, two machines resu
 lint: setup ## check style and that the rendered configs are what experiments.yaml says
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check
 	$(MEDASST) render --check
 
 format: setup ## fix style
