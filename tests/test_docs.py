@@ -16,7 +16,7 @@ from medasst_tools.data.registry import load_datasets
 READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 EXPERIMENTS = yaml.safe_load((ROOT / "factory_configs/experiments.yaml").read_text(encoding="utf-8"))["experiments"]
-TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
+TARGETS = set(re.search(r"^\.PHONY:((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)[1].replace("\\\n", " ").split())
 
 
 def code_blocks(text: str) -> list[str]:
@@ -115,7 +115,7 @@ def test_no_large_or_foreign_files():
 def test_the_paper_file_names_known_experiments_and_datasets():
     paper = yaml.safe_load((ROOT / "dataset_info/paper.yaml").read_text(encoding="utf-8"))
     named = [name for entry in [*paper["table_1"].values(), paper["table_1_test"]] for name in entry["datasets"]]
-    assert sorted(named) == sorted(load_datasets()), json.dumps(named)
+    assert set(named) <= set(load_datasets()), json.dumps(named)
 
 
 @pytest.mark.parametrize("path", ["README.md", "README_zh.md", "docs/models.md", "docs/models_zh.md"])
