@@ -11,6 +11,7 @@ import re
 import sys
 
 from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.machine.hub import fit_proxies
 
 VERBS = {
     "doctor": (
@@ -99,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # torch's threads otherwise spin while they wait: beside other work two cores train at less than half the speed
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    fit_proxies(os.environ)
     args = parse(argv)
     try:
         return importlib.import_module(VERBS[args.verb][0]).run(args) or 0
