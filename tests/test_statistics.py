@@ -67,6 +67,20 @@ def test_bootstrap_is_seeded_and_as_wide_as_the_normal_interval():
     assert statistics.ci95(np.full((7, 1), 3.0)) == [[3.0, 3.0]]
 
 
+@pytest.mark.parametrize(
+    ("n", "grouping"),
+    [
+        (1, {}),
+        (3, {"clusters": [0, 0, 0]}),
+        (2, {"strata": [0, 1]}),
+        (4, {"strata": [0, 0, 1, 1], "clusters": [0, 1, 2, 2]}),
+    ],
+)
+def test_what_shows_no_spread_has_no_interval(n, grouping):
+    assert statistics.ci95(np.arange(float(n)).reshape(-1, 1), **grouping) == [None]
+    assert not statistics.has_spread(n, **grouping)
+
+
 def test_copies_of_a_record_in_one_cluster_add_no_certainty():
     values = np.random.default_rng(2).normal(0, 1, (100, 1))
     alone = np.ptp(statistics.ci95(values)[0])
@@ -88,6 +102,11 @@ def test_strata_take_out_the_difference_between_test_sets():
         (["a|", "b|", "a|"], [0, 1, 0]),
         (["q1|", "q1|a1 q2|", "q1|a1 q2|a2 q3|", "q9|"], [0, 0, 0, 1]),
         (["q1 and more|", "q1|"], [0, 1]),
+        (
+            ["user: 头痛", "user: 头痛怎么办", "user: 头痛\nassistant: 休息\nuser: 还痛"],
+            [0, 1, 0],
+        ),  # an endpoint's prompts
+        (["", "", "a|"], [1, 2, 0]),  # nothing is known of the first two
     ],
 )
 def test_clusters_are_questions_and_dialogues(prompts, clusters):

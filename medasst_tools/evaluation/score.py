@@ -223,7 +223,7 @@ def summarise(
     """Return scores.json's numbers: over all records, and by dataset where their sizes are known."""
     from medasst_tools.evaluation.statistics import clusters_of, strata_of
 
-    clusters = clusters_of([row.prompt or str(at) for at, row in enumerate(predictions)])
+    clusters = clusters_of([row.prompt or "" for row in predictions])
     strata = strata_of(sizes.values()) if sizes else [0] * len(rows)
     report = _means(predictions, rows, clusters, strata, cut)
     if sizes:
@@ -284,4 +284,4 @@ def print_summary(experiment: str, out: Path, report: dict[str, Any]) -> None:
 
 def interval(bounds: list[float] | None) -> str:
     """Return an interval as tables show it."""
-    return "[none: n < 2]" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
+    return "[none: too few]" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"

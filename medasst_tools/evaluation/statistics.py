@@ -6,6 +6,7 @@ paired differences, power); McNemar 1947, exact; Holm 1979; Newcombe 1998 (inter
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,14 +50,15 @@ def average_interval(shares: dict[str, float], intervals: dict[str, list[float]]
 def clusters_of(prompts: Sequence[str]) -> list[int]:
     """Return a cluster number for each prompt: the same question, or a later turn of the same dialogue, is one cluster.
 
-    A prompt ends with the mark that opens an answer, so a later turn of a dialogue begins with the whole earlier prompt.
+    A prompt ends with the mark that opens an answer, so a later turn of a dialogue begins with the whole earlier prompt, and
+    not in the middle of a word. A record without a prompt is a cluster of its own.
     """
-    numbers, root, number = {}, None, -1
-    for prompt in sorted(set(prompts)):
-        if root is None or not prompt.startswith(root):
+    numbers, root, number = {}, "", -1
+    for prompt in sorted(set(filter(None, prompts))):
+        if not (root and prompt.startswith(root) and (prompt[len(root)] == "\n" or not root[-1].isalnum())):
             root, number = prompt, number + 1
         numbers[prompt] = number
-    return [numbers[prompt] for prompt in prompts]
+    return [numbers[prompt] if prompt else number + 1 + at for at, prompt in enumerate(prompts)]
 
 
 def strata_of(sizes: Iterable[int]) -> list[int]:
@@ -90,13 +92,22 @@ def resampled_means(values, resamples: int = RESAMPLES, seed: int = SEED, cluste
     return drawn[:, :-1] / drawn[:, -1:]
 
 
-def ci95(values, **grouping: Any) -> list[list[float] | None]:
-    """Return [low, high] of the 95 % interval of each column's mean, to four decimals; None where n < 2 shows no spread."""
+def has_spread(n: int, clusters: Sequence[int] | None = None, strata: Sequence[int] | None = None) -> bool:
+    """Say whether n records tell how far their mean may be off: a stratum must have two clusters."""
+    strata, clusters = [0] * n if strata is None else strata, range(n) if clusters is None else clusters
+    units = set(zip(strata, clusters, strict=True))
+    sizes = Counter(stratum for stratum, _ in units)
+    return max(sizes.values(), default=0) > 1
+
+
+def ci95(values, clusters=None, strata=None, **sampling: Any) -> list[list[float] | None]:
+    """Return [low, high] of the 95 % interval of each column's mean, to four decimals; None where nothing shows a spread."""
     import numpy as np
 
-    if len(values) < 2:
+    if not has_spread(len(values), clusters, strata):
         return [None] * np.shape(values)[1]
-    return np.percentile(resampled_means(values, **grouping), [2.5, 97.5], axis=0).T.round(4).tolist()
+    drawn = resampled_means(values, clusters=clusters, strata=strata, **sampling)
+    return np.percentile(drawn, [2.5, 97.5], axis=0).T.round(4).tolist()
 
 
 def bootstrap_p(resampled_differences) -> float:
