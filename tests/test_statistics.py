@@ -67,18 +67,10 @@ def test_bootstrap_is_seeded_and_as_wide_as_the_normal_interval():
     assert statistics.ci95(np.full((7, 1), 3.0)) == [[3.0, 3.0]]
 
 
-@pytest.mark.parametrize(
-    ("n", "grouping"),
-    [
-        (1, {}),
-        (3, {"clusters": [0, 0, 0]}),
-        (2, {"strata": [0, 1]}),
-        (4, {"strata": [0, 0, 1, 1], "clusters": [0, 1, 2, 2]}),
-    ],
-)
-def test_what_shows_no_spread_has_no_interval(n, grouping):
-    assert statistics.ci95(np.arange(float(n)).reshape(-1, 1), **grouping) == [None]
-    assert not statistics.has_spread(n, **grouping)
+def test_one_question_asked_again_and_again_is_no_certainty():
+    values = np.arange(6.0).reshape(-1, 1)
+    assert np.ptp(statistics.ci95(values, clusters=[0] * 6)[0]) > 1
+    assert statistics.ci95(values[:1]) == [None]
 
 
 def test_copies_of_a_record_in_one_cluster_add_no_certainty():

@@ -93,7 +93,7 @@ def compare_dialogues(a: Path, b: Path) -> dict[str, Any]:
     rows = {}
     for column, metric in enumerate(metric_names()):
         values, means = differences[:, column], resampled[:, column]
-        enough = statistics.has_spread(len(values), **grouping)
+        enough = len(values) > 1
         rows[metric] = {
             "difference": round(float(values.mean()), 4),
             "ci95": [round(float(low[column]), 4), round(float(high[column]), 4)] if enough else None,

@@ -284,4 +284,4 @@ def print_summary(experiment: str, out: Path, report: dict[str, Any]) -> None:
 
 def interval(bounds: list[float] | None) -> str:
     """Return an interval as tables show it."""
-    return "[none: too few]" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
+    return "[none: n < 2]" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"

@@ -6,7 +6,6 @@ paired differences, power); McNemar 1947, exact; Holm 1979; Newcombe 1998 (inter
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -75,7 +74,11 @@ def resampled_means(values, resamples: int = RESAMPLES, seed: int = SEED, cluste
 
     values = np.asarray(values, dtype=float)
     strata = np.zeros(len(values), int) if strata is None else np.asarray(strata)
-    clusters = np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    if clusters is None or len(set(zip(strata.tolist(), clusters, strict=True))) == len(set(strata.tolist())):
+        clusters = np.arange(
+            len(values)
+        )  # one question, asked again and again: its answers are all there is to draw from
+    clusters = np.asarray(clusters)
     units, unit_of = np.unique(np.stack([strata, clusters]), axis=1, return_inverse=True)
     unit_of = unit_of.reshape(-1)
     # each unit's sums, and last its count of records
@@ -92,19 +95,11 @@ def resampled_means(values, resamples: int = RESAMPLES, seed: int = SEED, cluste
     return drawn[:, :-1] / drawn[:, -1:]
 
 
-def has_spread(n: int, clusters: Sequence[int] | None = None, strata: Sequence[int] | None = None) -> bool:
-    """Say whether n records tell how far their mean may be off: a stratum must have two clusters."""
-    strata, clusters = [0] * n if strata is None else strata, range(n) if clusters is None else clusters
-    units = set(zip(strata, clusters, strict=True))
-    sizes = Counter(stratum for stratum, _ in units)
-    return max(sizes.values(), default=0) > 1
-
-
 def ci95(values, clusters=None, strata=None, **sampling: Any) -> list[list[float] | None]:
     """Return [low, high] of the 95 % interval of each column's mean, to four decimals; None where nothing shows a spread."""
     import numpy as np
 
-    if not has_spread(len(values), clusters, strata):
+    if len(values) < 2:
         return [None] * np.shape(values)[1]
     drawn = resampled_means(values, clusters=clusters, strata=strata, **sampling)
     return np.percentile(drawn, [2.5, 97.5], axis=0).T.round(4).tolist()
