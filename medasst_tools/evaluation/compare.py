@@ -84,7 +84,7 @@ def compare_dialogues(a: Path, b: Path) -> dict[str, Any]:
     tables = [_scores_per_record(folder) for folder in (a, b)]
     if not len(tables[0]) == len(tables[1]) == len(prompts):
         raise UserError(f"{a} has {len(tables[0])} scored records and {b} {len(tables[1])}: `make score` both again")
-    grouping = {"clusters": statistics.clusters_of(prompts)}
+    grouping: dict[str, Any] = {"clusters": statistics.clusters_of(prompts)}
     if sizes[0]:
         grouping["strata"] = statistics.strata_of(sizes[0])
     differences = tables[0] - tables[1]

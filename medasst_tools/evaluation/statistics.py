@@ -36,7 +36,7 @@ def rate(held: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def average_interval(shares: dict[str, float], intervals: dict[str, list[float]]) -> list[float]:
+def average_interval(shares: dict[str, float], intervals: dict[str, Any]) -> list[float]:
     """Return the interval of the plain mean of independent shares: Wilson's distances, squared and added (Newcombe 1998)."""
     mean = sum(shares.values()) / len(shares)
     below, above = (
@@ -120,7 +120,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def holm(p_values: dict[str, float]) -> dict[str, float]:
+def holm(p_values: dict[Any, float]) -> dict[Any, float]:
     """Return p-values adjusted for their number (Holm 1979), so that all together err at most 5 % of the time."""
     adjusted, highest = {}, 0.0
     for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
