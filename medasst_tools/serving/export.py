@@ -27,7 +27,7 @@ from medasst_tools.training.checkpoints import weights_fault
 
 BASES = PROJECT_ROOT / "dataset_info" / "base_models.yaml"
 DONE = "export.json"
-RELEASED = ("config.json", "generation_config.json", *provenance.TOKENIZER_FILES)
+RELEASED = ("config.json", "generation_config.json", "chat_template.jinja", *provenance.TOKENIZER_FILES)
 PROMPT_KEYS = ("template", "default_system", "enable_thinking")
 
 
@@ -119,36 +119,50 @@ def base_folder(base: str) -> Path:
 
 
 def put_back_released_files(folder: Path, base: Path) -> None:
-    """Replace config and tokenizer as transformers wrote them by the base's own, readable for transformers 4 too."""
-    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype", "bfloat16")
+    """Replace config and tokenizer as transformers wrote them by the base's own; what transformers 5 wrote there is mended.
+
+    CheckFailed if the merged weights aren't the released config's: a vocabulary that the training made larger.
+    """
+    merged = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for pattern in RELEASED:
         for path in folder.glob(pattern):
             path.unlink()
         for path in filter(Path.is_file, base.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    if (base / "chat_template.jinja").is_file():
-        shutil.copyfile(base / "chat_template.jinja", folder / "chat_template.jinja")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", for_older_readers(config) | {"torch_dtype": dtype})
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.is_file():
-        write_json(tokenizer, tokenizer_for_older_readers(json.loads(tokenizer.read_text(encoding="utf-8"))))
+    released = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if released.get("vocab_size") != merged.get("vocab_size"):
+        sizes = f"{released.get('vocab_size')} to {merged.get('vocab_size')}"
+        raise CheckFailed(f"the training changed the vocabulary from {sizes}, which its base's config doesn't fit")
+    for_older_readers = {
+        "config.json": lambda config: with_older_names(config, merged.get("dtype")),
+        "tokenizer_config.json": tokenizer_for_older_readers,
+    }
+    for name, mend in for_older_readers.items():
+        if (folder / name).is_file():
+            before = json.loads((folder / name).read_text(encoding="utf-8"))
+            if (after := mend(before)) != before:
+                write_json(folder / name, after)
 
 
-def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json that transformers 5 wrote with what version 4, vLLM and converters of that time look for.
+def with_older_names(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Return a config.json with the weights' dtype and rope_theta where transformers 4, vLLM and converters look for them.
 
-    They take rope_theta from the top level, and 10,000 without a word where it isn't there.
+    Where transformers 5 wrote rope_theta, inside rope_parameters, they don't, and take 10,000 without a word.
     """
-    rope = config.get("rope_parameters") or {}
-    return ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}) | config
+    rope = dict(config.get("rope_parameters") or {})
+    older = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = rope
+    names = {"torch_dtype"} | {"dtype"} & config.keys()
+    return older | config | (dict.fromkeys(names, dtype) if dtype else {})
 
 
 def tokenizer_for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
     """Return a tokenizer_config.json without the class and the list that only transformers 5 knows."""
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        # whose own third input name, token_type_ids, no model here takes
+        names = {"model_input_names": ["input_ids", "attention_mask"]}
+        config = names | config | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(extra := config.get("extra_special_tokens"), list):
         config = {key: value for key, value in config.items() if key != "extra_special_tokens"}
         config["additional_special_tokens"] = extra

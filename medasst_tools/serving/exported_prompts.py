@@ -115,9 +115,7 @@ def candidates(template) -> Iterator[Any]:
     """
     yield template
     assistant = template.format_assistant
-    yield dataclasses.replace(
-        template, format_assistant=dataclasses.replace(assistant, slots=[" ", *assistant.slots])
-    )
+    yield dataclasses.replace(template, format_assistant=dataclasses.replace(assistant, slots=[" ", *assistant.slots]))
 
 
 def chat_template_of(template, tokenizer) -> str:
