@@ -93,7 +93,7 @@ audit: data ## duplicates, test questions in training, lengths, personal data (A
 
 # ---- training and evaluation
 # NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR, MASTER_PORT, RDZV_ID... reach llamafactory-cli as they are: docs/distributed.md
-train: data bases ## train EXPERIMENT through llamafactory-cli; a killed run goes on (RESTART=1: anew)
+train: $(if $(wildcard $(CONFIGS)/train.yaml),data bases,configs) ## train EXPERIMENT through llamafactory-cli; a killed run goes on (RESTART=1: anew)
 	@$(MEDASST) train $(CONFIGS)/train.yaml $(ARGS) $(if $(filter if-other,$(RESTART)),--restart-if-other,$(if $(RESTART),--restart)) $(TRAIN_FLAGS)
 
 bases:

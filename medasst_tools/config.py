@@ -69,7 +69,7 @@ def load(path: Path, overrides: Iterable[str] = (), kind: str = "train") -> dict
         raise UserError(f"{path} holds {type(written).__name__}, must be settings; is it a {kind}.yaml?")
     try:  # OmegaConf reads the file again: 1e-4 is a number to it, and text to YAML 1.1
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_cli(overrides))
-        config = OmegaConf.to_container(merged, resolve=True)
+        config: dict[str, Any] = dict(OmegaConf.to_container(merged, resolve=True))  # ty: ignore[no-matching-overload]
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{' '.join([str(path), *overrides])}: {' '.join(str(error).split())}") from None
     if missing := [key for key in REQUIRED[kind] if config.get(key) in (None, "", False)]:
@@ -125,18 +125,26 @@ def _wrong_type(value: Any, annotation: str) -> str | None:
     return "a whole number" if plain == {"int"} and value != int(value) else None
 
 
+def package_folder(name: str) -> Path:
+    """Return where an installed package's source is, without importing it, which takes seconds."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise UserError(f"the package {name} isn't installed; `make setup` installs it")
+    return Path(spec.origin).parent
+
+
 @functools.cache
 def known_settings() -> dict[str, Setting]:
     """Return every setting of LLaMA-Factory's and transformers' argument classes by name; the later class counts."""
     settings = {}
     for package, files in ARGUMENT_SOURCES.items():
-        folder = Path(importlib.util.find_spec(package).origin).parent
+        folder = package_folder(package)
         for file in files:
             tree = ast.parse((folder / file).read_text(encoding="utf-8"))
-            for owner in filter(lambda node: isinstance(node, ast.ClassDef), tree.body):
-                for field in filter(lambda node: isinstance(node, ast.AnnAssign), owner.body):
-                    if setting := _setting(owner.name, field):
-                        settings[field.target.id] = setting
+            classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+            for owner, field in ((one, field) for one in classes for field in one.body):
+                if isinstance(field, ast.AnnAssign) and (setting := _setting(owner.name, field)):
+                    settings[ast.unparse(field.target)] = setting
     return settings
 
 
@@ -154,5 +162,5 @@ def _setting(owner: str, field: ast.AnnAssign) -> Setting | None:
 @functools.cache
 def known_templates() -> frozenset[str]:
     """Return the names of LLaMA-Factory's chat templates."""
-    source = Path(importlib.util.find_spec("llamafactory").origin).parent / "data" / "template.py"
+    source = package_folder("llamafactory") / "data" / "template.py"
     return frozenset(re.findall(r'register_template\(\s*name="([^"]+)"', source.read_text(encoding="utf-8")))

@@ -126,13 +126,13 @@ def show(path: Path, corpus: Corpus, encoding: str) -> None:
     for raw in islice(read_records(path, corpus.layout, encoding), LOOKED_AT):
         for record, reason in outcomes(dataset, raw):
             read += 1
-            if reason is None:
+            if record is not None:
                 kept += 1
                 if kept <= SHOWN:
                     print(
                         "\n".join(f"  {key}: {str(value)[:160]}" for key, value in record.items() if value), end="\n\n"
                     )
-            elif not reason.by_design:
+            elif reason and not reason.by_design:
                 reasons.setdefault(str(reason), raw.line)
     lost = "; ".join(f"{reason} (first in line {line})" for reason, line in reasons.items())
     print(

@@ -161,7 +161,7 @@ def as_alpaca(path: Path, described: dict[str, Any], target: Path) -> Path:
     return target
 
 
-def _alpaca(record: dict[str, Any], formatting: str | None, columns: dict[str, str]) -> dict[str, Any]:
+def _alpaca(record: dict[str, Any], formatting: str | None, columns: dict[str, str]) -> Any:
     if formatting == "sharegpt":
         return read_value("sharegpt", {"conversations": record.get(columns.get("messages", "conversations"))})
     names = {"instruction": "prompt", "input": "query", "output": "response", "history": "history"}

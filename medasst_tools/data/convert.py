@@ -311,14 +311,14 @@ def write_dataset(
                 bar.update(number - bar.n)
             for record, reason in outcomes(dataset, raw):
                 counts.read += 1
-                if reason is None:
+                if record is not None:
                     reason = keep(record, out, counts, cleaner, options.strict)
                 if isinstance(reason, NotKept):
                     (counts.skipped if reason.by_design else counts.rejected)[str(reason)] += 1
                     if not reason.by_design:
                         bad.write(_rejected_line(raw, str(reason)))
-    counts.moved_to_top = bool(counts.first_history and counts.first_history.start > TYPED_BYTES)
-    if counts.moved_to_top:
+    if counts.first_history and counts.first_history.start > TYPED_BYTES:
+        counts.moved_to_top = True
         _move_to_top(folder / f"{dataset.name}.jsonl", counts.first_history)
     return counts
 
@@ -402,7 +402,7 @@ def entry_of(
     output = folder / f"{dataset.name}.jsonl"
     with output.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    entry = {
+    entry: dict[str, Any] = {
         "read": counts.read,
         "kept": counts.kept,
         "skipped": dict(counts.skipped),

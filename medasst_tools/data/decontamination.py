@@ -8,7 +8,7 @@ which loses nothing.
 from binascii import crc32
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -58,7 +58,7 @@ class QuestionIndex:
     def match(self, question: str, normalised: str | None = None) -> list[Match]:
         """Return the test questions that this question is, best first."""
         normalised = normalise(question) if normalised is None else normalised
-        found = set(self._by_normalised.get(normalised, ()))
+        found: set[Any] = set(self._by_normalised.get(normalised, ()))
         trigrams = shingles(normalised)
         # |A and B| / |A or B| >= 0.8 needs 0.8 |A| of A's trigrams in B
         if trigrams and len(trigrams & self._trigrams) >= NEAR * len(trigrams):

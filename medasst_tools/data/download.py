@@ -37,7 +37,7 @@ class Wanted(NamedTuple):
     title: str
     licence: str
     homepage: str
-    repositories: dict[str, str]
+    repositories: dict[str, str | None]
     places: list[Path]
     known: list[dict[str, Any]]  # of each place's file: bytes, sha256, elsewhere
 
@@ -262,7 +262,7 @@ def _refuse_offline() -> None:
         raise UserError("HF_HUB_OFFLINE is set, so that nothing comes from Hugging Face; run it with HF_HUB_OFFLINE=0")
 
 
-def reason(error: Exception, hub: str, repository: str) -> str:
+def reason(error: BaseException, hub: str, repository: str) -> str:
     """Return one line for a client's error: what happened, and what to do."""
     import httpx
     import requests
@@ -300,5 +300,5 @@ def reason(error: Exception, hub: str, repository: str) -> str:
 MIRRORS = {"huggingface": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return textwrap.shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 160)

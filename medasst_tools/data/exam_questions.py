@@ -93,7 +93,7 @@ class _Archive:
         name = self.file.format(split=split, subject=subject)
         place = f"{self.path}, {name}"
         try:
-            data = self.zip.read(self._member(name)) if self.zip else self._file(name).read_bytes()
+            data = self.zip.read(self._member(self.zip, name)) if self.zip else self._file(name).read_bytes()
         except (KeyError, FileNotFoundError):
             raise UserError(f"{self.path} has no {name}, nor a folder below it; get the archive again") from None
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
@@ -105,8 +105,8 @@ class _Archive:
         rows = csv.DictReader(io.StringIO(text, newline=""))
         return [(row, f"{place}, line {rows.line_num}") for row in rows]
 
-    def _member(self, name: str) -> str:
-        return next((one for one in self.zip.namelist() if one == name or one.endswith(f"/{name}")), name)
+    def _member(self, archive: zipfile.ZipFile, name: str) -> str:
+        return next((one for one in archive.namelist() if one == name or one.endswith(f"/{name}")), name)
 
     def _file(self, name: str) -> Path:
         direct = self.path / name

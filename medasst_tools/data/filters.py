@@ -56,7 +56,9 @@ def mask_record(record: dict[str, Any]) -> tuple[dict[str, Any], Counter]:
         counts.update(found)
         return text
 
-    texts = {name: masked(record[name]) for name in ("instruction", "input", "output", "system") if name in record}
+    texts: dict[str, Any] = {
+        name: masked(record[name]) for name in ("instruction", "input", "output", "system") if name in record
+    }
     if "history" in record:
         texts["history"] = [[masked(user), masked(doctor)] for user, doctor in record["history"]]
     return record | texts, counts

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import orjson
 
@@ -68,7 +68,7 @@ def read_records(path: Path, layout: str = "", encoding: str = UTF8) -> Iterator
 
 # ---- opening --------------------------------------------------------------------------------------------------------
 @contextmanager
-def open_raw(path: Path) -> Iterator[BinaryIO]:
+def open_raw(path: Path) -> Iterator[io.BufferedReader]:
     """Open a raw file as its unpacked bytes, positioned after a UTF-8 BOM.
 
     Raises UserError for an empty file, a Git LFS pointer, UTF-16, an archive without exactly one text file, a member whose
@@ -94,7 +94,7 @@ def open_raw(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _zip_member(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
+def _zip_member(path: Path, file: BinaryIO) -> Iterator[io.RawIOBase]:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
@@ -130,13 +130,13 @@ def leaves_archive(name: str) -> bool:
 class _Limited(io.RawIOBase):
     """A stream that ends with an error after `limit` unpacked bytes or at damage in the packed ones."""
 
-    def __init__(self, stream: BinaryIO, path: Path, limit: int):
+    def __init__(self, stream: IO[bytes] | gzip.GzipFile, path: Path, limit: int):
         self.stream, self.path, self.left = stream, path, limit
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         try:
             data = self.stream.read(len(buffer))
         except (EOFError, OSError, zipfile.BadZipFile, zlib.error, ValueError) as error:
@@ -148,8 +148,8 @@ class _Limited(io.RawIOBase):
         return len(data)
 
 
-def _after_bom(path: Path, stream: BinaryIO) -> BinaryIO:
-    buffered = io.BufferedReader(stream, PEEKED) if isinstance(stream, io.RawIOBase) else stream
+def _after_bom(path: Path, stream: Any) -> io.BufferedReader:
+    buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, PEEKED)
     head = buffered.peek(4)[:4]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path} is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path.name}")
@@ -174,7 +174,7 @@ def is_chinese_encoding(path: Path) -> bool:
 
 
 # ---- containers -----------------------------------------------------------------------------------------------------
-def is_one_value(stream: BinaryIO) -> bool:
+def is_one_value(stream: io.BufferedReader) -> bool:
     """Say whether an opened JSON file is one value, an array or an object around one, and not a value a line."""
     head = stream.peek(PEEKED).lstrip()
     if head[:1] == b"[":

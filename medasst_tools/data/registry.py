@@ -70,11 +70,9 @@ def load_datasets(path: Path = REGISTRY, own: Path | None = None) -> dict[str, D
 
 def _dataset(name: str, corpus: Corpus, facts: dict[str, Any]) -> Dataset:
     files = facts["files"]
-    return Dataset(
-        **{"name": name, "corpus": corpus, "layout": corpus.layout}
-        | facts
-        | {"files": [files] if isinstance(files, str) else files}
-    )
+    about: dict[str, Any] = {"name": name, "corpus": corpus, "layout": corpus.layout, **facts}
+    about["files"] = [files] if isinstance(files, str) else files
+    return Dataset(**about)
 
 
 def _problems(entry: Any):

@@ -193,10 +193,8 @@ def score_chunk(chunk: Iterable[tuple[str, str]]) -> list[tuple[float, ...]]:
 
 def prepare() -> Callable[[str, str], tuple[float, ...]]:
     """Load the dictionaries, once a process, and return the function that scores a pair."""
-    import jieba
-
     from medasst_tools.evaluation.text_metrics import score_pair
-    from medasst_tools.evaluation.word_segmenter import spaced_words
+    from medasst_tools.evaluation.word_segmenter import jieba, spaced_words
 
     jieba.setLogLevel(logging.WARNING)
     jieba.initialize()

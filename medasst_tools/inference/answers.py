@@ -23,7 +23,7 @@ class AnswerStore:
         for file in [path, *sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))]:
             if file.is_file():
                 self.answers |= _rows(file)
-        self._file = None
+        self._file: Any = None
 
     @staticmethod
     def key(*asked: Any) -> str:

@@ -224,7 +224,7 @@ class Share:
         return batches[self.number :: self.of]
 
 
-def keeping_trainer(theirs: type, share: Share) -> type:
+def keeping_trainer(theirs: Any, share: Share) -> type:
     """Return LLaMA-Factory's trainer class, with a prediction that takes batches of like length and keeps each answer."""
 
     class KeepingTrainer(theirs):

@@ -204,11 +204,12 @@ def check_days(config: dict[str, Any], shape: cost.ModelShape | None, cards: lis
     if shape is None or found is None or config.get("max_steps", -1) > 0:
         return Check("unknown", "days", "the data isn't converted yet, or the model's shape isn't known")
     peaks = [cost.card_peak(card.name) for card in cards] or [cost.card_peak("A10")]
-    if None in peaks:
+    known_peaks = [peak for peak in peaks if peak]
+    if len(known_peaks) < len(peaks):
         return Check("unknown", "days", f"no peak is known of {cards[0].name}")
     tokens = found[0] * config.get("num_train_epochs", 3.0)
     least, most = (
-        seconds / 86400 for seconds in cost.seconds_of_training(shape, config, tokens, min(peaks) * len(peaks))
+        seconds / 86400 for seconds in cost.seconds_of_training(shape, config, tokens, min(known_peaks) * len(peaks))
     )
     where = f"{len(cards)} x {cards[0].name}" if cards else "one A10"
     counted = "tokens counted by the audit" if found[1] else "tokens estimated from bytes"

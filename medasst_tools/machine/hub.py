@@ -126,7 +126,7 @@ def _ask_modelscope(model: str, revision: str | None) -> Located:
         )
         config = answer.json() if answer.status_code == 200 else None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        return _unreachable(model, hub.endpoint, error)
+        return _unreachable(model, hub.endpoint or "ModelScope", error)
     if answer.status_code in (401, 403):
         return _gated(model, f"{hub.endpoint}/models/{model}", bool(hub.token), "MODELSCOPE_API_TOKEN")
     if answer.status_code == 404:

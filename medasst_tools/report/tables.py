@@ -107,7 +107,9 @@ def printed(results: dict[str, dict[str, Any]]) -> str:
     titles = header([(title, key) for _, title, key in columns], "en")
     lines = [" " * width + "".join(f"{title:>9}" for title in titles)]
     for result in results.values():
-        cells = [STALE["en"] if kind in result["stale"] else (result[kind] or {}).get(key, "-") for kind, _, key in columns]
+        cells = [
+            STALE["en"] if kind in result["stale"] else (result[kind] or {}).get(key, "-") for kind, _, key in columns
+        ]
         values = [f"{cell:.2f}" if isinstance(cell, float) else cell for cell in cells]
         lines.append(f"{result['shown']:{width}}" + "".join(f"{value:>9}" for value in values))
     return "\n".join(lines)

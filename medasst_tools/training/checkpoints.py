@@ -87,7 +87,7 @@ def _safetensors_fault(path: Path) -> str | None:
 
 def _state_fault(checkpoint: Path) -> str | None:
     """trainer_state.json is written last by process 0."""
-    whole = _read(checkpoint / STATE).get("global_step") == int(NAME.fullmatch(checkpoint.name)[1])
+    whole = _read(checkpoint / STATE).get("global_step") == int(checkpoint.name.removeprefix("checkpoint-"))
     return None if whole else f"{STATE} is missing, unreadable or of another step"
 
 

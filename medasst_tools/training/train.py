@@ -155,7 +155,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], launch: Launch, abou
 
 def begin(output_dir: Path, about: dict[str, Any], step: int | None, processes: int | None) -> dict[str, Any]:
     """Make `output_dir` ready to go on from the checkpoint of `step`, or to start if None; return the note that is left there."""
-    note = read_json(output_dir / STARTED) or {"resumed_from": []}
+    note: dict[str, Any] = read_json(output_dir / STARTED) or {"resumed_from": []}
     if step is None:
         note = {"resumed_from": []}
         if (output_dir / STARTED).is_file():  # what a kill left before the first checkpoint would stop LLaMA-Factory
