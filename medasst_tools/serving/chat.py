@@ -37,6 +37,7 @@ footer { display: none !important; }
 main.fillable { padding: 0.75rem !important; }
 #notice { font-size: 0.8rem; line-height: 1.4; padding: 0.2rem 0.7rem; border-left: 4px solid #d97706 !important; background: #fef3c7; }
 #notice * { color: #78350f !important; }
+textarea { height: auto !important; max-height: 9rem; field-sizing: content; } /* gradio's own stays as high as what was sent */
 .examples { grid-template-columns: repeat(2, 1fr) !important; }
 .examples .example { border: 1px solid var(--border-color-primary) !important; border-radius: 0.6rem !important; }
 .submit-button, .stop-button { background: var(--primary-500) !important; color: white !important; border-radius: 0.4rem !important; }
@@ -47,8 +48,7 @@ main.fillable { padding: 0.75rem !important; }
   .examples { grid-template-columns: 1fr !important; }
 }
 """
-# gradio sends an empty message and asks for its answer; with the first one it takes the placeholder away and leaves the box
-# as high as the message was
+# gradio sends an empty message and asks for its answer, and takes the placeholder away with the first one
 SCRIPT = f"""
 <script>
 const stopIfEmpty = (event, box) => {{
@@ -61,9 +61,7 @@ addEventListener("click", (event) => {{
   stopIfEmpty(event, event.target.closest?.(".submit-button")?.closest(".input-container").querySelector("textarea"));
 }}, true);
 new MutationObserver(() => {{
-  document.querySelectorAll("textarea[placeholder='']").forEach((box) => {{
-    box.placeholder = "{PLACEHOLDER}"; box.style.height = "auto";
-  }});
+  document.querySelectorAll("textarea[placeholder='']").forEach((box) => {{ box.placeholder = "{PLACEHOLDER}"; }});
 }}).observe(document, {{subtree: true, attributeFilter: ["placeholder"]}});
 </script>
 """
