@@ -66,12 +66,14 @@ help: ## list the targets
 	@echo "  EXPERIMENT=$(EXPERIMENT), RAW=$(RAW), EXAMS=$(EXAMS), ARGS=key=value..., RESTART=1"
 
 # ---- environment, data, configs
-setup: ## install everything, pinned, into .venv (EXTRAS=gpu,qlora,distributed)
+setup: ## install everything, pinned, into .venv, from pip's mirror if it has one (EXTRAS=gpu,qlora,distributed)
 ifeq ($(READY),)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: PYTHON is '$(PYTHON)', must be Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt uv; }
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt -r pyproject.toml --extra dev $(patsubst %,--extra %,$(subst $(comma), ,$(EXTRAS)))
-	@test -x $(MEDASST) || $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps --editable .
+	@mirror=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null || true)}}; \
+	install="$${mirror:+env UV_DEFAULT_INDEX=$$mirror} $(BIN)/uv pip install $(if $(wildcard $(MEDASST)),--quiet) --python $(BIN)/python --constraint constraints.txt"; \
+	$$install -r pyproject.toml --extra dev $(patsubst %,--extra %,$(subst $(comma), ,$(EXTRAS))); \
+	test -x $(BIN)/medasst || $$install --quiet --no-deps --editable .
 endif
 
 constraints: setup ## pin every package anew into constraints.txt, for all supported Pythons
@@ -158,6 +160,7 @@ test-slow: setup ## the long forms: ten kills of `make train`, two machines resu
 lint: setup ## check style and that the rendered configs are what experiments.yaml says
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check
 	$(MEDASST) render --check
 
 format: setup ## fix style

@@ -10,33 +10,30 @@ import yaml
 from conftest import ROOT
 
 from medasst_tools.cli import VERBS
+from medasst_tools.config import load
 from medasst_tools.data.exam_questions import load_protocol
 from medasst_tools.data.registry import load_datasets
+from medasst_tools.machine import cost, doctor
 
-READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+READMES = {name: read(name) for name in ("README.md", "README_zh.md")}
+DEVELOPMENT = read("docs/development.md")
+PAGES = [*READMES, *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 EXPERIMENTS = yaml.safe_load((ROOT / "factory_configs/experiments.yaml").read_text(encoding="utf-8"))["experiments"]
-TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
+TARGETS = set(re.search(r"^\.PHONY:((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)[1].replace("\\\n", " ").split())
 
 
 def code_blocks(text: str) -> list[str]:
     return re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_commands_exist(name):
-    text = READMES[name]
-    assert (
-        set(re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(re.findall(r"`(make [^`]+)`", text) + code_blocks(text))))
-        <= TARGETS
-    )
-    assert set(re.findall(r"medasst ([a-z][a-z-]+)", "\n".join(code_blocks(text)))) <= VERBS.keys()
-    assert set(re.findall(r"EXPERIMENT=(\w+)", text)) <= EXPERIMENTS.keys()
-
-
-@pytest.mark.parametrize("name", READMES)
-def test_the_tree_is_the_tree(name):
-    tree = next(block for block in code_blocks(READMES[name]) if block.startswith("Makefile"))
+def test_the_tree_is_the_tree():
+    tree = next(block for block in code_blocks(DEVELOPMENT) if block.startswith("Makefile"))
     entries = [entry for line in tree.splitlines() for entry in re.split(r"\s{2,}", line)[0].split()]
     missing = [
         entry for entry in entries if not (ROOT / entry).exists() and entry not in ("data/", "saves/", "results/")
@@ -56,7 +53,7 @@ def test_both_languages_have_the_same_commands_and_numbers():
         ]
 
     commands = [[line for block in code_blocks(text) for line in strip_comments(block)] for text in READMES.values()]
-    assert commands[0] == commands[1] and len(commands[0]) >= 10
+    assert commands[0] == commands[1] and len(commands[0]) >= 8
     tables = ["\n".join(line for line in text.splitlines() if line.startswith("|")) for text in READMES.values()]
     numbers = [re.findall(r"\d+\.\d\d", table) for table in tables]
     assert numbers[0] == numbers[1]
@@ -72,7 +69,7 @@ def test_paper_rows_are_the_papers(name):
 
 
 def test_licences_of_all_corpora_are_named():
-    for text in READMES.values():
+    for text in (read("docs/data.md"), read("docs/data_zh.md")):
         for dataset in load_datasets().values():
             assert dataset.corpus.title.split(",")[0] in text
             assert dataset.corpus.licence.split(";")[0].split(" ")[0] in text
@@ -115,16 +112,84 @@ def test_no_large_or_foreign_files():
 def test_the_paper_file_names_known_experiments_and_datasets():
     paper = yaml.safe_load((ROOT / "dataset_info/paper.yaml").read_text(encoding="utf-8"))
     named = [name for entry in [*paper["table_1"].values(), paper["table_1_test"]] for name in entry["datasets"]]
-    assert sorted(named) == sorted(load_datasets()), json.dumps(named)
+    assert set(named) <= set(load_datasets()), json.dumps(named)
 
 
-@pytest.mark.parametrize("path", ["README.md", "README_zh.md", "docs/models.md", "docs/models_zh.md"])
+@pytest.mark.parametrize("path", ["docs/models.md", "docs/models_zh.md"])
 def test_every_experiment_is_in_the_tables_with_its_base(path):
     rows = [line for line in (ROOT / path).read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
-    expected = set(EXPERIMENTS) - (set() if path.startswith("README") else {"demo", "demo_base"})
+    expected = {name for name in EXPERIMENTS if not name.startswith("demo")}
     assert expected <= set(named)
-    for name in expected - {"demo", "demo_base"}:
+    for name in expected:
         config = yaml.safe_load((ROOT / f"factory_configs/{name}/chat.yaml").read_text(encoding="utf-8"))
         row = next(row for row in rows if f"`{name}`" in row.split("|")[1])
         assert f"`{config['model_name_or_path']}`" in row, name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_is_there(page):
+    """Links to files and headings; files in code; verbs and targets in commands."""
+    text = read(page)
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", text):
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor[1:] in slugs, anchor
+    for file in re.findall(
+        r"\b((?:tests|benchmarks|medasst_tools|templates|examples|dataset_info)/[\w/]+\.\w+)", text
+    ):
+        assert (ROOT / file).exists() or file.startswith("dataset_info/own"), file
+    commands = re.findall(r"`((?:make|medasst) [^`]+)`", text) + "\n".join(code_blocks(text)).splitlines()
+    for command in commands:
+        for target in re.findall(r"(?:^|\s)make ([a-z][a-z-]*)", command.split("#")[0]):
+            assert target in TARGETS, command
+        for verb in re.findall(r"^(?:\.venv/bin/)?medasst ([a-z][a-z-]+)", command.split("#")[0]):
+            assert verb in VERBS, command
+    assert set(re.findall(r"EXPERIMENT=(\w+)", text)) <= EXPERIMENTS.keys() | {"mine", "llama3_8b_hf"}
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "_zh" not in page and (ROOT / page.replace(".md", "_zh.md")).exists()]
+)
+def test_both_languages_are_complete(page):
+    """The same headings, tables and commands; the same numbers in the tables."""
+    pages = [read(page), read(page.replace(".md", "_zh.md"))]
+    for pattern in (r"^(#+) ", r"^\|[-:| ]+\|$"):
+        found = [re.findall(pattern, text, re.MULTILINE) for text in pages]
+        assert len(found[0]) == len(found[1]), pattern
+    rows = [
+        [sorted(re.findall(r"\d[\d.,]*\d|\d", row)) for row in text.splitlines() if row.startswith("|")]
+        for text in pages
+    ]
+    assert rows[0] == rows[1]
+    commands = [
+        [
+            line.split("#")[0].rstrip()
+            for block in code_blocks(text)
+            for line in block.splitlines()
+            if re.match(r"\S*(make|medasst) ", line)
+        ]
+        for text in pages
+    ]
+    assert commands[0] == commands[1]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_days_are_doctors(name):
+    """The table of estimates, from the formula and the number of tokens that `medasst doctor` uses."""
+    cards = {"A10": "A10", "RTX 4090": "RTX 4090", "A100": "A100", "H100": "H100 80GB HBM3"}
+    for start, card in cards.items():
+        row = next(line for line in READMES[name].splitlines() if re.match(rf"\| {start}\b", line))
+        expected = []
+        for experiment in ("medasst", "medasst_fast"):
+            config = load(ROOT / f"factory_configs/{experiment}/train.yaml")
+            shape = cost.known_shape(config["model_name_or_path"])
+            tokens = doctor.training_tokens(config | {"dataset_dir": "nowhere"})[0] * config["num_train_epochs"]
+            seconds = cost.seconds_of_training(shape, config, tokens, cost.card_peak(card))
+            expected += [f"{value / 86400:.1f}" for value in seconds]
+            memory = cost.memory_bytes(shape, config) / cost.GIB
+        assert re.findall(r"\d+\.\d", row) == expected
+        assert row.split("|")[-2].strip() == f"{memory:.0f}"

@@ -201,6 +201,23 @@ def test_in_order_greedy_as_asked_and_readable_by_score(endpoint, data_dir, capf
     assert "tokens/s" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        {"ALL_PROXY": "socks://127.0.0.1:9"},
+        {"http_proxy": "http://127.0.0.1:9"},
+        {"HTTP_PROXY": "socks5h://127.0.0.1:9"},
+    ],
+)
+def test_an_endpoint_on_this_machine_is_asked_past_any_proxy(endpoint, data_dir, monkeypatch, proxy):
+    for name in ("no_proxy", "NO_PROXY"):  # as it was, afterwards
+        monkeypatch.setenv(name, "intranet")
+    for name, value in proxy.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(words(endpoint, data_dir, "max_samples=2")) == 0
+    assert len(rows(data_dir)) == 4
+
+
 def test_failures_that_pass_are_retried(endpoint, data_dir):
     script = {
         "问题0": [429, 429],

@@ -338,7 +338,7 @@ def outcomes(dataset: Dataset, raw: Raw) -> Iterator[tuple[dict[str, Any] | None
         return
     for record in found if isinstance(found, list) else [found]:
         other = dataset.share is not None and in_test_part(record, dataset.share) != dataset.test_part
-        yield record, NotKept("in the other part", by_design=True) if other else None
+        yield (None, NotKept("in the other part", by_design=True)) if other else (record, None)
 
 
 def in_test_part(record: dict[str, Any], share: float) -> bool:

@@ -37,6 +37,7 @@ ANSWER_NAMES = (
     "target",
     "回答",
     "答案",
+    "回复",
     "答复",
     "答",
     "assistant",

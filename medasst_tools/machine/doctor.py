@@ -16,6 +16,7 @@ from typing import Any
 
 from medasst_tools import provenance
 from medasst_tools.config import load
+from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import read_json, sha256_of
 from medasst_tools.machine import cost, hardware, preflight
@@ -181,21 +182,23 @@ def check_folder(folder: Path, names: list[str]) -> Check:
     )
 
 
-def training_tokens(config: dict[str, Any]) -> tuple[float, bool] | None:
-    """Return (useful tokens of one epoch, whether the audit counted them); None before the data is converted."""
+def training_tokens(config: dict[str, Any]) -> tuple[float, str] | None:
+    """Return (useful tokens of one epoch, where the number is from); None if nothing is known of the data."""
     folder = Path(config["dataset_dir"])
     manifest = (read_json(folder / "manifest.json") or {}).get("datasets", {})
     audited = (read_json(folder / "audit.json") or {}).get("datasets", {})
     names, cutoff = provenance.dataset_names(config["dataset"]), config.get("cutoff_len", 2048)
     if any(name not in manifest for name in names):
-        return None
-    tokens, counted = 0.0, True
-    for name in names:
-        mean = audited.get(name, {}).get("tokens", {}).get("mean")
-        counted = counted and mean is not None
+        registry = load_datasets()
+        published = [registry[name].paper if name in registry else None for name in names]
+        records = sum(count or 0 for count in published)
+        return (records * cost.TOKENS_A_RECORD, "the paper's records, not converted yet") if all(published) else None
+    means = [audited.get(name, {}).get("tokens", {}).get("mean") for name in names]
+    tokens = 0.0
+    for name, mean in zip(names, means, strict=True):
         kept = max(1, manifest[name]["kept"])
         tokens += kept * min(cutoff, mean or manifest[name]["bytes"] / kept / cost.BYTES_A_TOKEN)
-    return tokens, counted
+    return tokens, "estimated from bytes" if None in means else "counted by the audit"
 
 
 def check_days(config: dict[str, Any], shape: cost.ModelShape | None, cards: list[hardware.Gpu]) -> Check:
@@ -212,9 +215,8 @@ def check_days(config: dict[str, Any], shape: cost.ModelShape | None, cards: lis
         seconds / 86400 for seconds in cost.seconds_of_training(shape, config, tokens, min(known_peaks) * len(peaks))
     )
     where = f"{len(cards)} x {cards[0].name}" if cards else "one A10"
-    counted = "tokens counted by the audit" if found[1] else "tokens estimated from bytes"
     return Check(
         "unknown",
         "days",
-        f"{least:.1f} to {most:.1f} days on {where}, estimated: {tokens:,.0f} useful tokens ({counted})",
+        f"{least:.1f} to {most:.1f} days on {where}, estimated: {tokens:,.0f} useful tokens ({found[1]})",
     )

@@ -1,4 +1,4 @@
-"""Is a model there, or can its hub give it? Asked of the hubs' own clients, before anything is downloaded.
+"""Is a model there, or can its hub give it? Asked of the hubs' own clients, before anything is downloaded; and proxies.
 
 `locate` looks where LLaMA-Factory will: a local folder, the hub's cache, then the hub itself (ModelScope with
 USE_MODELSCOPE_HUB=1, else Hugging Face), at the clients' own endpoints with their own tokens.
@@ -158,22 +158,11 @@ def _unreachable(model: str, endpoint: str, error: Exception) -> Located:
     )
 
 
-def check_proxies(environment: MutableMapping[str, str]) -> None:
-    """Keep loopback out of proxies, and name one that no client here can use; what desktops set (socks://) is SOCKS 5."""
+def fit_proxies(environment: MutableMapping[str, str]) -> None:
+    """Keep loopback out of proxies, and call what desktops set (socks://) by the name that clients know, socks5://."""
     for name in ("NO_PROXY", "no_proxy"):
         words = [word for word in environment.get(name, "").split(",") if word]
         environment[name] = ",".join(dict.fromkeys([*words, *LOOPBACK.split(",")]))
     for name in (*PROXIES, *map(str.upper, PROXIES)):
-        value = environment.get(name, "")
-        if value.startswith("socks://"):
-            environment[name] = value = value.replace("socks://", "socks5://", 1)
-        if value.startswith("socks") and not _has_socks():
-            raise UserError(
-                f"{name} is {value}, a SOCKS proxy, which needs `.venv/bin/uv pip install socksio pysocks`; or unset {name}"
-            )
-
-
-def _has_socks() -> bool:
-    import importlib.util
-
-    return all(importlib.util.find_spec(name) for name in ("socksio", "socks"))
+        if (value := environment.get(name, "")).startswith("socks://"):
+            environment[name] = value.replace("socks://", "socks5://", 1)

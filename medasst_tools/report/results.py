@@ -113,7 +113,11 @@ def best_and_worst(results: Path, predict_config: Path, scores: dict[str, Any]) 
     places = {"best": heapq.nlargest(each or len(means), means), "worst": heapq.nsmallest(each, means)}
     wanted = {-at: mean for chosen in places.values() for mean, at in chosen}
     predictions = read_jsonl(results / "generated_predictions.jsonl") if wanted else []
-    records = {at: row | {"mean": wanted[at]} for at, row in enumerate(predictions) if at in wanted}
+    records = {
+        at: row | {"mean": wanted[at], "question": row["prompt"], "history": []}
+        for at, row in enumerate(predictions)
+        if at in wanted
+    }
     sizes = {name: row["n"] for name, row in scores.get("by_dataset", {}).items()}
     for at, question in _questions(predict_config, set(wanted), sizes).items():
         records[at] |= question

@@ -9,6 +9,7 @@ words, and neither dialogue nor what belongs together. Nothing that it says is m
 
 import argparse
 import json
+import os
 import random
 import re
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medasst_tools import provenance
+from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
 from medasst_tools.files import locked, read_jsonl, sha256_of, write_json
 
@@ -55,9 +57,10 @@ def run(args: argparse.Namespace) -> None:
 def training_files(data_dir: Path) -> list[Path]:
     """Return the `*_train` datasets of a converted folder: the test records stay unseen by the tokenizer and by the weights.
 
-    UserError if there is none.
+    A corpus of one's own beside them is none of the demo's. UserError if there is none.
     """
-    paths = sorted(data_dir.glob("*_train.jsonl"))
+    own = load_datasets().keys() - load_datasets(own=Path(os.devnull)).keys()
+    paths = [path for path in sorted(data_dir.glob("*_train.jsonl")) if path.stem not in own]
     if not paths:
         raise UserError(
             f"no *_train.jsonl in {data_dir}; run `medasst convert --raw-dir RAW --out-dir {data_dir}` first"
