@@ -224,7 +224,7 @@ def test_a_password_is_asked_for(script):
     [
         (["nope.yaml"], "no nope.yaml; `medasst render` writes"),
         (["--terminal", CHAT_CONFIG, "temperature"], "override 'temperature' must be key=value"),
-        (["factory_configs/demo/train.yaml"], "is a config for training or prediction"),
+        (["factory_configs/demo/train.yaml"], "says stage: a config for training or prediction"),
     ],
 )
 def test_mistakes_are_named(project, evaluated, monkeypatch, capsys, words, message):
@@ -316,7 +316,11 @@ def test_sending_stopping_and_trying_again(script):
             page.locator(BOX).fill(empty)
             page.keyboard.press("Enter")
             page.locator(".submit-button").click()
+        page.locator(BOX).fill("一行")
+        page.keyboard.press("Shift+Enter")
+        page.keyboard.type("又一行")
         page.wait_for_timeout(1000)
+        assert page.locator(BOX).input_value() == "一行\n又一行"
         assert script.model.asked == [] and page.locator('[data-testid="user"]').count() == 0
 
         page.locator("button.example").first.click()
