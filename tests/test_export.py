@@ -340,7 +340,6 @@ def test_older_readers_find_what_they_look_for(config, more):
 TOKENS = {  # begin, end, other special tokens, plain ones
     "qwen": (None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], []),
     "qwen3": (None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], ["<think>", "</think>"]),
-    "qwen3_nothink": (None, "<|im_end|>", ["<|im_start|>"], []),
     "llama3": ("<|begin_of_text|>", "<|end_of_text|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], []),
     "gemma": ("<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], []),
     "mistral": ("<s>", "</s>", [], []),
@@ -392,8 +391,11 @@ def exported_folder(folder: Path, name: str, chat_template: str | None = None) -
 
 
 def chat_of(name: str) -> dict:
-    """Return what an experiment with the template says of its prompts."""
-    return {"template": name, "default_system": SYSTEM} | ({"enable_thinking": False} if name == "qwen3" else {})
+    """Return what the shipped experiment with the template says of its prompts."""
+    experiment = {"qwen": "medasst", "qwen3": "medasst_qwen3_8b", "llama3": "llama3_8b"}.get(name, f"{name}_7b")
+    config = yaml.safe_load((ROOT / f"factory_configs/{experiment}/export.yaml").read_text(encoding="utf-8"))
+    assert config["template"] == name
+    return {key: config[key] for key in export.PROMPT_KEYS if key in config}
 
 
 MISSING, OTHER = "there is none", "another prompt than in training, with its own system prompt"
@@ -406,10 +408,9 @@ MISSING, OTHER = "there is none", "another prompt than in training, with its own
         ("qwen", QWENS_OWN, OTHER, ["<|im_end|>"]),
         ("qwen3", None, MISSING, ["<|im_end|>"]),
         ("qwen3", QWEN3S_OWN, OTHER, ["<|im_end|>"]),
-        ("qwen3_nothink", None, MISSING, ["<|im_end|>"]),
         ("llama3", None, MISSING, ["<|eot_id|>"]),  # and no <|eom_id|>, which only Llama 3.1 has
         ("gemma", None, MISSING, ["<end_of_turn>"]),
-        ("gemma", GEMMAS_OWN, "another prompt than in training, with its own system prompt", ["<end_of_turn>"]),
+        ("gemma", GEMMAS_OWN, OTHER, ["<end_of_turn>"]),
         ("mistral", None, MISSING, ["</s>"]),
     ],
 )

@@ -275,12 +275,8 @@ def _turn(turn: dict[str, Any]) -> dict[str, str]:
 
 
 def harmless(text: str) -> str:
-    """Return a user's text with the marks of chat templates broken: the model would take them for the end of a turn."""
-    return (
-        text.replace("<|", "<\u200b|")
-        .replace("<start_of_turn>", "<\u200bstart_of_turn>")
-        .replace("[INST]", "[\u200bINST]")
-    )
+    """Return a user's text with all that looks like a template's mark broken: the model would take `</s>` for the end of a turn."""
+    return re.sub(r"([<\[])(?=[|｜/A-Za-z_])", "\\1\u200b", text)
 
 
 def _sliders(model: Any) -> list[Any]:

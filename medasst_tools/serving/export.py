@@ -175,17 +175,14 @@ def gather_facts(
 ) -> dict[str, Any]:
     """Return everything that the model card says; what isn't known, or isn't of this model, is None or empty."""
     base, identity = config["model_name_or_path"], provenance.model_identity(config)
-    results = {name: read_json(results_dir / experiment / f"{name}.json") for name in ("scores", "exam", "safety")}
-    results = {
-        name: found if found and found["made_of"].get("model") == identity else None for name, found in results.items()
-    }
+    found = {name: read_json(results_dir / experiment / f"{name}.json") for name in ("scores", "exam", "safety")}
+    made_of = {name: (result or {}).get("made_of", {}) for name, result in found.items()}
+    results = {name: found[name] if made_of[name].get("model") == identity else None for name in found}
     made = (run or {}).get("made_of", {})
-    of_results = {"predict": results["scores"], "exam": results["exam"]}
+    scored, examined = (made_of[name] if results[name] else None for name in ("scores", "exam"))
     return results | {
         "experiment": experiment,
-        "shown": provenance.shown_name(
-            experiment, train=made, **{kind: found and found["made_of"] for kind, found in of_results.items()}
-        ),
+        "shown": provenance.shown_name(experiment, train=made, predict=scored, exam=examined),
         "base": base,
         "base_facts": base_facts(base),
         "template": config["template"],
@@ -202,12 +199,9 @@ def gather_facts(
 
 
 def base_facts(base: str) -> dict[str, Any]:
-    """Return the base's licence and page; a folder of this project says what it is made of, an unknown id that it is unknown."""
-    known = read_yaml(BASES)
-    for entry in known:
-        if base in entry["ids"]:
-            return entry
-    return {"licence": None, "licence_id": None, "homepage": None}
+    """Return the base's licence and page as dataset_info/base_models.yaml has them; None where it doesn't know the base."""
+    unknown = {"licence": None, "licence_id": None, "homepage": None}
+    return next((entry for entry in read_yaml(BASES) if base in entry["ids"]), unknown)
 
 
 def data_rows(experiment: str, names: str) -> list[dict[str, Any]]:
