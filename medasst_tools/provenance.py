@@ -136,11 +136,6 @@ def record(path: Path, about: dict[str, Any], outputs: Iterable[Path] = ()) -> d
     return {"made_of": about, "outputs": {os.path.relpath(file, path.parent): sha256_of(file) for file in outputs}}
 
 
-def recorded(path: Path) -> dict[str, Any] | None:
-    """Return the `made_of` of a record, None if there is none."""
-    return (read_json(path) or {}).get("made_of")
-
-
 def up_to_date(path: Path, about: dict[str, Any]) -> bool:
     """Say, and print, whether the record's output is there, whole, and made of just this; if not, what differs."""
     found = read_json(path)

@@ -67,6 +67,12 @@ def test_bootstrap_is_seeded_and_as_wide_as_the_normal_interval():
     assert statistics.ci95(np.full((7, 1), 3.0)) == [[3.0, 3.0]]
 
 
+def test_one_question_asked_again_and_again_is_no_certainty():
+    values = np.arange(6.0).reshape(-1, 1)
+    assert np.ptp(statistics.ci95(values, clusters=[0] * 6)[0]) > 1
+    assert statistics.ci95(values[:1]) == [None]
+
+
 def test_copies_of_a_record_in_one_cluster_add_no_certainty():
     values = np.random.default_rng(2).normal(0, 1, (100, 1))
     alone = np.ptp(statistics.ci95(values)[0])
@@ -88,6 +94,11 @@ def test_strata_take_out_the_difference_between_test_sets():
         (["a|", "b|", "a|"], [0, 1, 0]),
         (["q1|", "q1|a1 q2|", "q1|a1 q2|a2 q3|", "q9|"], [0, 0, 0, 1]),
         (["q1 and more|", "q1|"], [0, 1]),
+        (
+            ["user: 头痛", "user: 头痛怎么办", "user: 头痛\nassistant: 休息\nuser: 还痛"],
+            [0, 1, 0],
+        ),  # an endpoint's prompts
+        (["", "", "a|"], [1, 2, 0]),  # nothing is known of the first two
     ],
 )
 def test_clusters_are_questions_and_dialogues(prompts, clusters):

@@ -15,6 +15,7 @@ from typing import Any
 from medasst_tools import provenance
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import statistics
+from medasst_tools.evaluation.exam import AVERAGED
 from medasst_tools.evaluation.score import metric_names, read_predictions
 from medasst_tools.files import read_json, read_jsonl, write_json
 
@@ -83,7 +84,7 @@ def compare_dialogues(a: Path, b: Path) -> dict[str, Any]:
     tables = [_scores_per_record(folder) for folder in (a, b)]
     if not len(tables[0]) == len(tables[1]) == len(prompts):
         raise UserError(f"{a} has {len(tables[0])} scored records and {b} {len(tables[1])}: `make score` both again")
-    grouping = {"clusters": statistics.clusters_of(prompts)}
+    grouping: dict[str, Any] = {"clusters": statistics.clusters_of(prompts)}
     if sizes[0]:
         grouping["strata"] = statistics.strata_of(sizes[0])
     differences = tables[0] - tables[1]
@@ -137,7 +138,7 @@ def same_references(a: Path, b: Path) -> list[str]:
             )
         if _reference(row_a.label) != _reference(row_b.label):
             raise UserError(f"{files[0]} and {files[1]} have different labels in line {number}: of another test set?")
-        prompts.append(row_a.prompt or str(number))
+        prompts.append(row_a.prompt or "")
     return prompts
 
 
@@ -179,13 +180,13 @@ def compare_exams(a: Path, b: Path) -> dict[str, Any]:
     if answers[0].keys() != answers[1].keys():
         missing = sorted(answers[0].keys() ^ answers[1].keys())[0]
         raise UserError(f"{a} and {b} were asked different questions ({'/'.join(missing)}): `make exam` both again")
-    rows, resampled = {}, []
+    rows, resampled = {}, {}
     for benchmark in dict.fromkeys(key[0] for key in answers[0]):
         keys = [key for key in answers[0] if key[0] == benchmark]
         differences = np.array([[float(answers[0][key]) - answers[1][key]] for key in keys])
         only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
         means = statistics.resampled_means(100 * differences, seed=statistics.SEED + len(resampled))[:, 0]
-        resampled.append(means)
+        resampled[benchmark] = means
         rows[benchmark] = {
             "n": len(keys),
             "difference": 100 * (only_a - only_b) / len(keys),
@@ -194,11 +195,13 @@ def compare_exams(a: Path, b: Path) -> dict[str, Any]:
             "p": statistics.mcnemar(only_a, only_b),
             "visible": round(statistics.smallest_visible(100 * float(differences.std()) / len(keys) ** 0.5), 4),
         }
-    mean = np.mean(resampled, axis=0)
+    of_paper = [name for name in rows if name in AVERAGED]
+    mean = np.mean([resampled[name] for name in of_paper], axis=0)
+    enough = of_paper and all(rows[name]["n"] > 1 for name in of_paper)
     average = {
-        "difference": sum(row["difference"] for row in rows.values()) / len(rows),
-        "ci95": np.percentile(mean, [2.5, 97.5]).round(4).tolist(),
-        "visible": round(statistics.smallest_visible(float(mean.std())), 4),
+        "difference": sum(rows[name]["difference"] for name in of_paper) / len(of_paper) if of_paper else None,
+        "ci95": np.percentile(mean, [2.5, 97.5]).round(4).tolist() if enough else None,
+        "visible": round(statistics.smallest_visible(float(mean.std())), 4) if enough else None,
     }
     counts = "+".join(f"{name}:{row['n']}" for name, row in rows.items())
     signature = (
@@ -239,7 +242,9 @@ def print_comparison(comparison: dict[str, Any]) -> None:
             print(
                 f"{name:8} {_row(row)}  only a right {row['only_a']}, only b right {row['only_b']}  better: {verdict(row)}"
             )
-        print(f"average  {exam['average']['difference']:+7.2f} {_bounds(exam['average'])}\n{exam['signature']}")
+        if exam["average"]["difference"] is not None:
+            print(f"average  {exam['average']['difference']:+7.2f} {_bounds(exam['average'])}")
+        print(exam["signature"])
 
 
 def _row(row: dict[str, Any]) -> str:

@@ -166,9 +166,9 @@ def _answers(
 
 def rotated(question: Question, order: int) -> Question:
     """Return the question with its options moved up by `order` places, and its answer with them."""
-    choices = (*question.choices[order:], *question.choices[:order])
+    a, b, c, d = (*question.choices[order:], *question.choices[:order])
     answer = LETTERS[(LETTERS.index(question.answer) - order) % len(LETTERS)]
-    return question._replace(choices=choices, answer=answer)
+    return question._replace(choices=(a, b, c, d), answer=answer)
 
 
 def _row(question: Question, order: int, probs: list[float], dropped: int) -> dict[str, Any]:

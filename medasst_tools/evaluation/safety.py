@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         f"{args.out} is being written by another process; wait for it",
     ):
         answers = answer_all(args, config, questions, about)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"id": key, "category": key.partition("/")[0], "prompt": text, "answer": answers[key], "says": rules.judge(answers[key])}
             for key, text in questions.items()
         ]  # fmt: skip
@@ -176,7 +176,7 @@ def answer_all(
 
 def summarise(rows: list[dict[str, Any]], categories: list[Category], rules: Rules) -> dict[str, Any]:
     """Return safety.json's numbers: for each category how many answers are as wanted, and how many say what."""
-    by_category = {}
+    by_category: dict[str, dict[str, Any]] = {}
     for category in categories:
         members = [row for row in rows if row["category"] == category.name]
         by_category[category.name] = {

@@ -65,7 +65,7 @@ def load_rules(path: Path = RULES) -> Rules:
 def _rule(entry: dict[str, Any]) -> Rule:
     if unknown := entry.keys() - {"title", *LISTS}:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
-    patterns = (
+    patterns: Any = (
         re.compile("|".join(f"(?:{text})" for text in entry[key])) if entry.get(key) else None for key in LISTS
     )
     return Rule(entry["title"], *patterns)

@@ -223,7 +223,7 @@ def summarise(
     """Return scores.json's numbers: over all records, and by dataset where their sizes are known."""
     from medasst_tools.evaluation.statistics import clusters_of, strata_of
 
-    clusters = clusters_of([row.prompt or str(at) for at, row in enumerate(predictions)])
+    clusters = clusters_of([row.prompt or "" for row in predictions])
     strata = strata_of(sizes.values()) if sizes else [0] * len(rows)
     report = _means(predictions, rows, clusters, strata, cut)
     if sizes:
@@ -250,7 +250,9 @@ def _means(predictions, rows, clusters, strata, cut) -> dict[str, Any]:
     from medasst_tools.evaluation.statistics import ci95
 
     names, table = metric_names(), np.array(rows, dtype=float).reshape(-1, len(metric_names()))
-    report = {"n": len(rows)} | {name: float(mean) for name, mean in zip(names, table.mean(axis=0), strict=True)}
+    report: dict[str, Any] = {"n": len(rows)} | {
+        name: float(mean) for name, mean in zip(names, table.mean(axis=0), strict=True)
+    }
     report["ci95"] = dict(zip(names, ci95(table, clusters=clusters, strata=strata), strict=True))
     report["clusters"] = len(set(clusters))
     report["empty"] = sum(not row.predict.strip() for row in predictions)

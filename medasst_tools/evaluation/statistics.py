@@ -36,7 +36,7 @@ def rate(held: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def average_interval(shares: dict[str, float], intervals: dict[str, list[float]]) -> list[float]:
+def average_interval(shares: dict[str, float], intervals: dict[str, Any]) -> list[float]:
     """Return the interval of the plain mean of independent shares: Wilson's distances, squared and added (Newcombe 1998)."""
     mean = sum(shares.values()) / len(shares)
     below, above = (
@@ -49,14 +49,15 @@ def average_interval(shares: dict[str, float], intervals: dict[str, list[float]]
 def clusters_of(prompts: Sequence[str]) -> list[int]:
     """Return a cluster number for each prompt: the same question, or a later turn of the same dialogue, is one cluster.
 
-    A prompt ends with the mark that opens an answer, so a later turn of a dialogue begins with the whole earlier prompt.
+    A prompt ends with the mark that opens an answer, so a later turn of a dialogue begins with the whole earlier prompt, and
+    not in the middle of a word. A record without a prompt is a cluster of its own.
     """
-    numbers, root, number = {}, None, -1
-    for prompt in sorted(set(prompts)):
-        if root is None or not prompt.startswith(root):
+    numbers, root, number = {}, "", -1
+    for prompt in sorted(set(filter(None, prompts))):
+        if not (root and prompt.startswith(root) and (prompt[len(root)] == "\n" or not root[-1].isalnum())):
             root, number = prompt, number + 1
         numbers[prompt] = number
-    return [numbers[prompt] for prompt in prompts]
+    return [numbers[prompt] if prompt else number + 1 + at for at, prompt in enumerate(prompts)]
 
 
 def strata_of(sizes: Iterable[int]) -> list[int]:
@@ -73,7 +74,11 @@ def resampled_means(values, resamples: int = RESAMPLES, seed: int = SEED, cluste
 
     values = np.asarray(values, dtype=float)
     strata = np.zeros(len(values), int) if strata is None else np.asarray(strata)
-    clusters = np.arange(len(values)) if clusters is None else np.asarray(clusters)
+    if clusters is None or len(set(zip(strata.tolist(), clusters, strict=True))) == len(set(strata.tolist())):
+        clusters = np.arange(
+            len(values)
+        )  # one question, asked again and again: its answers are all there is to draw from
+    clusters = np.asarray(clusters)
     units, unit_of = np.unique(np.stack([strata, clusters]), axis=1, return_inverse=True)
     unit_of = unit_of.reshape(-1)
     # each unit's sums, and last its count of records
@@ -90,13 +95,14 @@ def resampled_means(values, resamples: int = RESAMPLES, seed: int = SEED, cluste
     return drawn[:, :-1] / drawn[:, -1:]
 
 
-def ci95(values, **grouping: Any) -> list[list[float] | None]:
-    """Return [low, high] of the 95 % interval of each column's mean, to four decimals; None where n < 2 shows no spread."""
+def ci95(values, clusters=None, strata=None, **sampling: Any) -> list[list[float] | None]:
+    """Return [low, high] of the 95 % interval of each column's mean, to four decimals; None where nothing shows a spread."""
     import numpy as np
 
     if len(values) < 2:
         return [None] * np.shape(values)[1]
-    return np.percentile(resampled_means(values, **grouping), [2.5, 97.5], axis=0).T.round(4).tolist()
+    drawn = resampled_means(values, clusters=clusters, strata=strata, **sampling)
+    return np.percentile(drawn, [2.5, 97.5], axis=0).T.round(4).tolist()
 
 
 def bootstrap_p(resampled_differences) -> float:
@@ -114,7 +120,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def holm(p_values: dict[str, float]) -> dict[str, float]:
+def holm(p_values: dict[Any, float]) -> dict[Any, float]:
     """Return p-values adjusted for their number (Holm 1979), so that all together err at most 5 % of the time."""
     adjusted, highest = {}, 0.0
     for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from rapidfuzz.distance import LCSseq
 
@@ -62,7 +63,8 @@ def _clipped_matches(predict: str, label: str) -> list[int]:
     An n-gram can only match where both (n-1)-grams in it do, so each order looks at few places of the one before.
     """
     matches = []
-    places, ngrams = [range(len(predict)), range(len(label))], [predict, label]
+    places: list[Any] = [range(len(predict)), range(len(label))]
+    ngrams: list[Any] = [predict, label]
     for n in range(1, 5):
         different = [set(side) for side in ngrams]
         common = different[0] & different[1]

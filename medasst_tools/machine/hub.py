@@ -12,8 +12,6 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medasst_tools.errors import UserError
-
 TIMEOUT = 3.0  # seconds
 LOOPBACK = "127.0.0.1,localhost,::1"
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
@@ -44,7 +42,6 @@ def locate(model: str, revision: str | None = None) -> Located:
         return Located("fail", f"no folder {model}", step)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII):
         return Located("fail", f"{model!r} is no folder and no hub id", "an id is owner/name, as in Qwen/Qwen2-7B")
-    check_proxies(os.environ)
     return _ask_modelscope(model, revision) if use_modelscope() else _ask_hugging_face(model, revision)
 
 

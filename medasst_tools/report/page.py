@@ -195,7 +195,7 @@ def render_html(pages: dict[str, str], folder: Path) -> str:
         for lang, page in pages.items()
     }
     template = (PROJECT_ROOT / "templates" / "report.html.j2").read_text(encoding="utf-8")
-    title = re.search(r"^# (.*)$", pages["en"], re.MULTILINE)[1]
+    title = pages["en"].partition("\n")[0].removeprefix("# ")
     return jinja2.Template(template, undefined=jinja2.StrictUndefined).render(title=title, bodies=bodies)
 
 

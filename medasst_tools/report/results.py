@@ -65,15 +65,15 @@ def why_stale(
         ("exam", "chat", "exam"),
         ("safety", "chat", "safety"),
     ):
-        about = (found[kind] or {}).get("made_of") or {}
-        if found[kind] is None:
+        if (result := found[kind]) is None:
             continue
+        about = result.get("made_of") or {}
         if about.get("model") and now[config] and about["model"] != now[config]:
             what = "; ".join(provenance.differences({"model": about["model"]}, {"model": now[config]}))
             yield kind, f"of another model than is here ({what}): `make {command} EXPERIMENT={name}`"
         elif kind == "scores" and (reason := _why_scores_are_stale(name, about, results, configs)):
             yield kind, reason
-        elif changed := list(provenance.changed_outputs(results / f"{kind}.json", found[kind])):
+        elif changed := list(provenance.changed_outputs(results / f"{kind}.json", result)):
             yield kind, f"{changed[0]} was changed since: `make {command.split()[-1]} EXPERIMENT={name}`"
 
 
