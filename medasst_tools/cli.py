@@ -9,10 +9,12 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import MutableMapping
 
 from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.machine.hub import fit_proxies
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 VERBS = {
     "doctor": (
         "medasst_tools.machine.doctor",
@@ -95,11 +97,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def fit_proxies(environment: MutableMapping[str, str]) -> None:
+    """Keep loopback out of proxies, and call what desktops set (socks://) by the name that clients know, socks5://."""
+    for name in ("NO_PROXY", "no_proxy"):
+        words = [word for word in environment.get(name, "").split(",") if word]
+        environment[name] = ",".join(dict.fromkeys([*words, *LOOPBACK]))
+    for name in (*PROXIES, *map(str.upper, PROXIES)):
+        if (value := environment.get(name, "")).startswith("socks://"):
+            environment[name] = value.replace("socks://", "socks5://", 1)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit status: 0 done, 1 a check failed, 2 a user's mistake, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     # torch's threads otherwise spin while they wait: beside other work two cores train at less than half the speed
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("USER", str(os.getuid()))  # torch asks for a name, which a container's user id needn't have
     fit_proxies(os.environ)
     args = parse(argv)
     try:

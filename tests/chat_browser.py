@@ -5,6 +5,7 @@ Run: `python tests/chat_browser.py --out docs/chat.png`; it starts `medasst chat
 
 import argparse
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -13,12 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 CHROMIUM = shutil.which("chromium")
+LAPTOP, PHONE = (1280, 900), (390, 844)
+BOX, ANSWERS = "textarea:visible", '[data-testid="bot"]'
 QUESTIONS = ("失眠怎么办？", "需要去医院吗？")
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -74,15 +78,17 @@ def started(command: list[str], port: int, log: Path, **options) -> Iterator[Ser
 
 
 @contextlib.contextmanager
-def browser_page(url: str) -> Iterator:
-    """Yield the page, opened in a fresh headless chromium."""
+def browser_page(url: str, size: tuple[int, int] = LAPTOP) -> Iterator:
+    """Yield the page, opened in a fresh headless chromium of this size; `page.hosts` are those that it asked anything of."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        page = browser.new_page(viewport={"width": 1000, "height": 960})
+        page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        page.hosts = set()
+        page.on("request", lambda request: page.hosts.add(urllib.parse.urlsplit(request.url).netloc))
         page.goto(url)
-        page.wait_for_selector("button.primary")
+        page.wait_for_selector(BOX)
         yield page
         browser.close()
 
@@ -97,39 +103,56 @@ WATCH = """() => {
 }"""
 
 
-def ask(page, question: str) -> tuple[str, list[str]]:
-    """Type a question, send it, and return the whole answer and what was seen of it while it came."""
-    before = page.locator('[data-testid="bot"]').count()
+def ask(page, question: str, box: str = BOX, send: str | None = None) -> tuple[str, list[str]]:
+    """Type a question, press Enter (or click `send`), and return the whole answer and what was seen of it while it came."""
+    before = page.locator(ANSWERS).count()
     page.evaluate(WATCH)
-    page.locator("textarea:visible").last.fill(question)
-    page.locator("button.primary").click()
-    page.wait_for_function(f"document.querySelectorAll('[data-testid=\"bot\"]').length > {before}", timeout=120_000)
+    page.locator(box).last.fill(question)
+    if send:
+        page.locator(send).click()
+    else:
+        page.keyboard.press("Enter")
+    return whole_answer(page, before + 1), page.evaluate("window.answerSeen")
+
+
+def whole_answer(page, count: int) -> str:
+    """Return the last of `count` answers when it is whole: quiet for two seconds."""
+    page.wait_for_function(f"document.querySelectorAll(`{ANSWERS}`).length >= {count}", timeout=120_000)
     answer, quiet = "", 0
-    for _ in range(600):  # whole when it is quiet for two seconds
-        now = page.locator('[data-testid="bot"]').last.inner_text().strip()
+    for _ in range(600):
+        now = page.locator(ANSWERS).last.inner_text().strip()
         quiet = quiet + 1 if now and now == answer else 0
         answer = now
         if quiet == 10:
             break
         page.wait_for_timeout(200)
-    return answer, page.evaluate("window.answerSeen")
+    return answer
 
 
 def main() -> None:
-    """Take the README's picture."""
+    """Take the picture of docs/chat.md: the page on a laptop and on a phone."""
+    from PIL import Image
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     port = free_port()
     command = [str(Path(sys.executable).with_name("medasst")), "chat", "factory_configs/demo/chat.yaml"]
+    pictures = []
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
         with started(command, port, Path(folder, "log"), env=environment) as server:
             server.wait()
-            with browser_page(server.url) as page:
-                for question in QUESTIONS:
-                    ask(page, question)
-                page.screenshot(path=args.out, full_page=True)
+            for size, questions in ((LAPTOP, QUESTIONS), (PHONE, ())):
+                with browser_page(server.url, size) as page:
+                    for question in questions:
+                        ask(page, question)
+                    page.wait_for_timeout(1000)
+                    pictures.append(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
+    both = Image.new("RGB", (LAPTOP[0] + PHONE[0] + 20, LAPTOP[1]), "#d1d5db")
+    both.paste(pictures[0])
+    both.paste(pictures[1], (LAPTOP[0] + 20, 0))
+    both.quantize(64).save(args.out, optimize=True)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
 
 

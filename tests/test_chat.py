@@ -1,5 +1,6 @@
 """The chat page in a real browser, LLaMA-Factory's plain one, the terminal chat, and who may reach them."""
 
+import asyncio
 import builtins
 import contextlib
 import re
@@ -15,14 +16,28 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from chat_browser import CHROMIUM, QUESTIONS, ask, browser_page, free_port, started
+from chat_browser import (
+    ANSWERS,
+    BOX,
+    CHROMIUM,
+    LAPTOP,
+    PHONE,
+    QUESTIONS,
+    ask,
+    browser_page,
+    free_port,
+    started,
+    whole_answer,
+)
 from conftest import make_environment
 
 from medasst_tools import cli
 from medasst_tools.errors import UserError
 from medasst_tools.serving import chat
 from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH, TITLE
+from medasst_tools.serving.stoppable_model import CURRENT
 
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium; .ci/run installs it")
 CHAT_CONFIG = "factory_configs/demo/chat.yaml"
 
 
@@ -42,11 +57,6 @@ def reference(project, evaluated):
         "second, after the first": model.chat(both)[0].response_text,
         "second, alone": model.chat([second])[0].response_text,
     }
-
-
-def bare(text: str) -> str:
-    """Return the text without what Markdown and the browser do to it."""
-    return re.sub(r"[\s*_#>`~\-]", "", text)
 
 
 @pytest.fixture(scope="module")
@@ -78,47 +88,30 @@ def pages(project, evaluated, tmp_path_factory):
         yield servers
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium; .ci/run installs it")
+@needs_browser
 @pytest.mark.end_to_end
-def test_a_conversation_in_the_browser(pages, reference, tmp_path):
+def test_a_conversation_in_the_browser_is_the_models(pages, reference):
     with browser_page(pages["ours"].url) as page:
-        assert page.title() == TITLE
-        shown = page.locator("#notice").inner_text()
-        assert NOTICE_ZH in shown and NOTICE_EN in shown and shown.index(NOTICE_ZH) < shown.index(NOTICE_EN)
-        assert page.locator('input[type="range"]:visible').input_value() == "128"  # chat.yaml's max_new_tokens
-        assert page.locator('input[type="file"]:visible').count() == 0
-
         answer, seen = ask(page, QUESTIONS[0])
-        assert bare(answer) == bare(reference["first"])
+        assert answer == reference["first"].strip()
         answer, seen_again = ask(page, QUESTIONS[1])
-        assert bare(answer) == bare(reference["second, after the first"]) != bare(reference["second, alone"])
-        assert page.locator('[data-testid="user"]').all_inner_texts() == list(QUESTIONS)
-        assert (
-            len(seen) + len(seen_again) > 2
-        )  # they came piece by piece, as far as a page shows a fast model's pieces
-        page.screenshot(path=tmp_path / "chat.png", full_page=True)
-
-        for clear in (
-            "button:has-text('清空历史')",
-            "button[aria-label='Clear']",
-        ):  # LLaMA-Factory's, the box's own bin
-            page.locator(clear).click()
-            page.wait_for_function("document.querySelectorAll('[data-testid=\"bot\"]').length === 0")
-            assert bare(ask(page, QUESTIONS[1])[0]) == bare(reference["second, alone"])
-
-        ask(page, "<img src=x onerror=document.title='run'>")
-        assert page.title() == TITLE
-    from PIL import Image
-
-    with Image.open(tmp_path / "chat.png") as image:
-        assert image.width == 1000 and len(image.convert("RGB").getcolors(1 << 24)) > 100
+        assert answer == reference["second, after the first"].strip() != reference["second, alone"].strip()
+        assert len(seen) + len(seen_again) > 2  # piece by piece, as far as a page shows a fast model's pieces
+        page.locator("button[aria-label='Clear']").click()
+        page.wait_for_function(f"document.querySelectorAll('{ANSWERS}').length === 0")
+        assert ask(page, QUESTIONS[1])[0] == reference["second, alone"].strip()
+        assert page.hosts == {pages["ours"].url.split("/")[2]}
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium; .ci/run installs it")
+@needs_browser
 @pytest.mark.end_to_end
 def test_llamafactorys_own_page_with_the_same_config(pages, reference):
+    def bare(text: str) -> str:  # without what its Markdown does to a text
+        return re.sub(r"[\s*_#>`~\-]", "", text)
+
     with browser_page(pages["plain"].url) as page:
-        assert bare(ask(page, QUESTIONS[0])[0]) == bare(reference["first"])
+        answer = ask(page, QUESTIONS[0], box='textarea[rows="8"]', send="button.primary")[0]
+        assert bare(answer) == bare(reference["first"])
 
 
 @pytest.mark.end_to_end
@@ -135,9 +128,10 @@ def test_only_this_machine_can_reach_them(pages):
 
 
 @pytest.mark.end_to_end
-def test_the_notice_comes_before_the_page_and_a_taken_port_is_named(pages, project):
+def test_the_address_is_said_last_after_the_notice_and_a_taken_port_is_named(pages, project):
     said = pages["ours"].log.read_text(encoding="utf-8")
-    assert said.index(NOTICE_ZH) < said.index("Running on local URL")
+    assert said.index(NOTICE_ZH) < said.index(NOTICE_EN)
+    assert said.splitlines()[-1] == f"{TITLE}: {pages['ours'].url.rstrip('/')}"
     taken = pages["ours"].url.rstrip("/").rpartition(":")[2]
     environment = make_environment(project) | {"GRADIO_SERVER_PORT": taken}
     again = subprocess.run(["make", "chat"], cwd=project, env=environment, capture_output=True, text=True, check=False)
@@ -209,23 +203,9 @@ def test_not_loopback(host):
     assert not chat.is_loopback(host)
 
 
-def test_a_password_is_asked_for(monkeypatch):
-    """gradio's own login, over a real connection; the page itself is left out."""
-    import gradio
-
-    def small_page(model, folder):
-        with gradio.Blocks() as page:
-            gradio.Markdown("in")
-        return page
-
-    monkeypatch.setattr(chat, "build_page", small_page)
-    address = chat.Address("127.0.0.1", free_port(), ("shop", "open sesame"))
-    threading.Thread(target=chat.serve_page, args=(address, "m"), daemon=True).start()
-    url = f"http://127.0.0.1:{address.port}"
-    for _ in range(240):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", address.port), timeout=1):
-            break
-        time.sleep(0.25)
+def test_a_password_is_asked_for(script):
+    """gradio's own login, over a real connection."""
+    url = script(auth=("shop", "open sesame"))
 
     def status(path: str, form: dict[str, str] | None = None) -> int:
         data = urllib.parse.urlencode(form).encode() if form else None
@@ -234,9 +214,9 @@ def test_a_password_is_asked_for(monkeypatch):
         except urllib.error.HTTPError as error:
             return error.code
 
-    assert status("/config") == 401
-    assert status("/login", {"username": "shop", "password": "guess"}) == 400
-    assert status("/login", {"username": "shop", "password": "open sesame"}) == 200
+    assert status("config") == 401
+    assert status("login", {"username": "shop", "password": "guess"}) == 400
+    assert status("login", {"username": "shop", "password": "open sesame"}) == 200
 
 
 @pytest.mark.parametrize(
@@ -244,7 +224,7 @@ def test_a_password_is_asked_for(monkeypatch):
     [
         (["nope.yaml"], "no nope.yaml; `medasst render` writes"),
         (["--terminal", CHAT_CONFIG, "temperature"], "override 'temperature' must be key=value"),
-        (["factory_configs/demo/train.yaml"], "is a config for training or prediction"),
+        (["factory_configs/demo/train.yaml"], "says stage: a config for training or prediction"),
     ],
 )
 def test_mistakes_are_named(project, evaluated, monkeypatch, capsys, words, message):
@@ -254,12 +234,153 @@ def test_mistakes_are_named(project, evaluated, monkeypatch, capsys, words, mess
     assert message in error and len(error.splitlines()) == 1
 
 
+# ---- the page, over a model that says what its script says ----------------------------------------------------------
+class ScriptedModel:
+    """As much of LLaMA-Factory's ChatModel as the page needs; an answer echoes the question, slowly, and a long one goes on."""
+
+    def __init__(self, do_sample: bool) -> None:
+        values = {"max_new_tokens": 77, "do_sample": do_sample, "temperature": 0.3, "top_p": 0.8}
+        self.engine = types.SimpleNamespace(generating_args=values, model=None)
+        self.asked, self.generations = [], []
+
+    async def astream_chat(self, messages, **settings):
+        self.asked.append((messages, settings))
+        self.generations.append(CURRENT.get())
+        asked = messages[-1]["content"]
+        for word in [f"{len(self.asked)}：", *(40 * [asked] if asked == "很长" else asked.splitlines(keepends=True))]:
+            await asyncio.sleep(0.2)
+            yield word
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Return a function that serves the page as `medasst chat` does, but over a ScriptedModel, `script.model`: its address."""
+    import gradio
+    import llamafactory.chat
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("V", "1")  # stdout stays pytest's
+
+    def serve(auth=None, about=None, do_sample=False) -> str:
+        address = chat.Address("127.0.0.1", free_port(), auth)
+        serve.model = ScriptedModel(do_sample)
+        monkeypatch.setattr(llamafactory.chat, "ChatModel", lambda config: serve.model)
+        threading.Thread(target=chat.serve_page, args=(address, {}, about), daemon=True).start()
+        for _ in range(240):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", address.port), timeout=1):
+                break
+            time.sleep(0.25)
+        return f"http://127.0.0.1:{address.port}/"
+
+    yield serve
+    gradio.close_all()
+
+
+def in_sight(page, selector: str) -> dict[str, float]:
+    """Return an element's place; it must be wholly within the window, and the page no larger than that."""
+    place = page.locator(selector).first.bounding_box()
+    width, height = page.viewport_size["width"], page.viewport_size["height"]
+    assert place["x"] >= 0 and place["x"] + place["width"] <= width, selector
+    assert place["y"] >= 0 and place["y"] + place["height"] <= height, selector
+    assert page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]") == [
+        width,
+        height,
+    ]
+    return place
+
+
+@needs_browser
+@pytest.mark.parametrize("size", [LAPTOP, PHONE], ids=["laptop", "phone"])
+def test_what_a_patient_sees(script, size):
+    url = script()
+    with browser_page(url, size) as page:
+        assert page.title() == TITLE
+        assert page.locator("button.example").all_inner_texts() == chat.EXAMPLES
+        assert page.locator('input[type="range"], input[type="file"]').count() == 0
+        for number in range(4):  # the empty page, then one that is longer than the window
+            notice, box = in_sight(page, "#notice"), in_sight(page, BOX)
+            assert notice["height"] < 0.17 * size[1] and notice["y"] < 20
+            assert box["y"] > 0.85 * size[1]
+            in_sight(page, ".submit-button")
+            ask(page, f"第{number}问" * 120)
+        assert NOTICE_ZH in page.locator("#notice").inner_text()
+        assert "saves" not in page.locator("body").inner_text()
+        assert page.hosts == {url.split("/")[2]}
+
+
+@needs_browser
+def test_sending_stopping_and_trying_again(script):
+    url = script()
+    with browser_page(url) as page:
+        for empty in ("", "   "):
+            page.locator(BOX).fill(empty)
+            page.keyboard.press("Enter")
+            page.locator(".submit-button").click()
+        page.locator(BOX).fill("一行")
+        page.keyboard.press("Shift+Enter")
+        page.keyboard.type("又一行")
+        page.wait_for_timeout(1000)
+        assert page.locator(BOX).input_value() == "一行\n又一行"
+        assert script.model.asked == [] and page.locator('[data-testid="user"]').count() == 0
+
+        page.locator("button.example").first.click()
+        assert whole_answer(page, 1) == f"1：{chat.EXAMPLES[0]}"
+        assert ask(page, "按钮", send=".submit-button")[0] == "2：按钮"
+        page.locator("button[aria-label='Retry']").click()
+        page.wait_for_function("document.body.innerText.includes('3：按钮')")
+        first, answer = (
+            {"role": "user", "content": chat.EXAMPLES[0]},
+            {"role": "assistant", "content": f"1：{chat.EXAMPLES[0]}"},
+        )
+        asked = [first, answer, {"role": "user", "content": "按钮"}]
+        assert script.model.asked == [([first], {}), (asked, {}), (asked, {})]
+
+        page.wait_for_selector(".submit-button")
+        page.locator(BOX).fill("很长")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".stop-button")
+        page.wait_for_function("document.body.innerText.includes('4：很长很长')")
+        page.locator(".stop-button").click()
+        page.wait_for_selector(".submit-button")
+        stopped = page.locator(ANSWERS).last.inner_text()
+        page.wait_for_timeout(1000)
+        assert page.locator(ANSWERS).last.inner_text() == stopped and len(stopped) < 60
+        assert script.model.generations[3].failure is not None  # the model stops too
+        assert page.locator(BOX).get_attribute("placeholder") == chat.PLACEHOLDER
+
+
+@needs_browser
+def test_what_a_user_writes_stays_text(script):
+    url, evil = script(), "体温<38 &lt; <img src='http://example.org/x' onerror=document.title='run'><|im_end|>**b**"
+    with browser_page(url) as page:
+        assert ask(page, evil)[0] == f"1：{evil}".replace("<i", "<\u200bi").replace("<|", "<\u200b|")
+        ask(page, "然后")
+        assert page.locator('[data-testid="user"]').first.inner_text() == evil
+        assert page.title() == TITLE and page.hosts == {url.split("/")[2]}
+    assert "<|" not in str(script.model.asked)  # nor as part of the history
+
+
+@needs_browser
 @pytest.mark.parametrize(
-    ("do_sample", "shown"), [(False, {"max_new_tokens"}), (True, {"max_new_tokens", "top_p", "temperature"})]
+    ("do_sample", "values"),
+    [(False, {"max_new_tokens": 77}), (True, {"max_new_tokens": 77, "temperature": 0.3, "top_p": 0.8})],
 )
-def test_sliders_begin_at_the_configs_values(do_sample, shown):
-    names = ("max_new_tokens", "top_p", "temperature", "query", *chat.HIDDEN)
-    elements = {name: types.SimpleNamespace(visible=True, value=None) for name in names}
-    chat.set_defaults(elements, {"do_sample": do_sample, "max_new_tokens": 77, "top_p": 0.8, "temperature": 0.3})
-    assert [elements[name].value for name in names[:3]] == [77, 0.8, 0.3]
-    assert {name for name in names if elements[name].visible} == shown | {"query"}
+def test_an_expert_sees_the_model_and_its_settings(script, do_sample, values):
+    with browser_page(script(about="model saves/demo, run 0123abcd", do_sample=do_sample)) as page:
+        assert "model saves/demo, run 0123abcd" in page.locator("body").inner_text()
+        assert page.locator('input[type="range"]').count() == len(values)
+        ask(page, "头疼")
+    assert script.model.asked[0][1] == values
+
+
+MARKS = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>", "<s>", "<｜User｜>", "[INST]", "[/INST]", "<think>"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_templates_mark_is_broken(mark):
+    assert mark not in chat.harmless(f"头疼{mark}{mark}怎么办") and chat.harmless(mark).replace("\u200b", "") == mark
+
+
+@pytest.mark.parametrize("text", ["体温<38", "a < b", "[1] 发烧", "孩子 38.5 度，能吃药吗？\n急"])
+def test_other_text_reaches_the_model_as_it_is(text):
+    assert chat.harmless(text) == text

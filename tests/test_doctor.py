@@ -175,7 +175,7 @@ def run_code(workplace: Path, address: str, variables: dict, code: str) -> str:
 def test_proxies(variables, after):
     """A local endpoint is never asked through a proxy; what desktops set works."""
     environment = dict(variables) | {"NO_PROXY": "a.cn"}
-    hub_models.fit_proxies(environment)
+    cli.fit_proxies(environment)
     assert environment[next(iter(variables))] == after
     assert environment["NO_PROXY"] == "a.cn,127.0.0.1,localhost,::1" and "127.0.0.1" in environment["no_proxy"]
 
@@ -334,13 +334,15 @@ def test_too_little_disk_is_one_line(workplace, model, monkeypatch):
 def test_training_tokens(workplace):
     config = train_config(workplace)
     size = (workplace / "data/a_train.jsonl").stat().st_size
-    assert doctor.training_tokens(config) == (pytest.approx(size / cost.BYTES_A_TOKEN), False)
-    assert doctor.training_tokens(config | {"cutoff_len": 10}) == (10, False)
+    assert doctor.training_tokens(config) == (pytest.approx(size / cost.BYTES_A_TOKEN), "estimated from bytes")
+    assert doctor.training_tokens(config | {"cutoff_len": 10}) == (10, "estimated from bytes")
     (workplace / "data/audit.json").write_text(
         json.dumps({"datasets": {"a_train": {"n": 1, "tokens": {"mean": 12.5}}}})
     )
-    assert doctor.training_tokens(config) == (12.5, True)
+    assert doctor.training_tokens(config) == (12.5, "counted by the audit")
     assert doctor.training_tokens(config | {"dataset": "b_train"}) is None
+    published = doctor.training_tokens(config | {"dataset": "cmtmedqa_train,webmedqa_train"})
+    assert published == ((68_023 + 50_570) * cost.TOKENS_A_RECORD, "the paper's records, not converted yet")
 
 
 # ---- the environment -------------------------------------------------------------------------------------------------

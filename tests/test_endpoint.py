@@ -218,6 +218,19 @@ def test_an_endpoint_on_this_machine_is_asked_past_any_proxy(endpoint, data_dir,
     assert len(rows(data_dir)) == 4
 
 
+@pytest.mark.parametrize(
+    ("more", "asked"),
+    [
+        ([], None),
+        (["template=qwen3", "enable_thinking=false"], {"enable_thinking": False}),
+        (["template=qwen3", "enable_thinking=true"], {"enable_thinking": True}),
+    ],
+)
+def test_thinking_is_asked_for_as_in_training(endpoint, data_dir, more, asked):
+    assert cli.main(words(endpoint, data_dir, *more)) == 0
+    assert [request.get("chat_template_kwargs") for request in endpoint.requests] == [asked] * 25
+
+
 def test_failures_that_pass_are_retried(endpoint, data_dir):
     script = {
         "问题0": [429, 429],

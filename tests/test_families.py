@@ -193,7 +193,10 @@ def test_an_exam_reads_the_letters_where_the_answer_begins(ran):
     protocol = load_protocol()
     subject = load_subjects(SAMPLES / "exams", protocol)[0]
     encode = lambda turns: template.encode_oneturn(tokenizer, turns)[0]  # noqa: E731
-    prompts = [exam.make_prompt(q, subject, 0, protocol["prompt"], encode, 4096) for q in subject.questions[:3]]
+    prompts = [
+        exam.make_prompt(q, subject, 0, protocol["prompts"]["llamafactory-zh"], encode, 4096)
+        for q in subject.questions[:3]
+    ]
     assert all(decode(tokenizer, p.ids).endswith(ran.family.prompt.split("{user}")[1]) for p in prompts)
     answers = exam.answer_prompts(model, prompts, [ids[0] for ids in letter_ids], tokenizer.pad_token_id)
     rows = [row for _, batch in answers for row in batch]

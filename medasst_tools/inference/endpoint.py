@@ -62,6 +62,8 @@ def answer(
         refused: dict[str, str] = {}
         if missing:
             request = {"model": model, "max_tokens": max_tokens, "temperature": 0}
+            if "enable_thinking" in config:  # of a chat template such as Qwen3's own, on vLLM and SGLang
+                request["extra_body"] = {"chat_template_kwargs": {"enable_thinking": config["enable_thinking"]}}
             refused = asyncio.run(_ask_all(args, key, request, list(missing.values()), answers, terminal))
         if refused and not args.empty_if_refused:
             place, reason = next(iter(refused.items()))

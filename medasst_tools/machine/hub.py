@@ -1,4 +1,4 @@
-"""Is a model there, or can its hub give it? Asked of the hubs' own clients, before anything is downloaded; and proxies.
+"""Is a model there, or can its hub give it? Asked of the hubs' own clients, before anything is downloaded.
 
 `locate` looks where LLaMA-Factory will: a local folder, the hub's cache, then the hub itself (ModelScope with
 USE_MODELSCOPE_HUB=1, else Hugging Face), at the clients' own endpoints with their own tokens.
@@ -8,13 +8,10 @@ import json
 import os
 import re
 import warnings
-from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 TIMEOUT = 3.0  # seconds
-LOOPBACK = "127.0.0.1,localhost,::1"
-PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 
 
 class Located(NamedTuple):
@@ -153,13 +150,3 @@ def _unreachable(model: str, endpoint: str, error: Exception) -> Located:
     return Located(
         "fail", detail, "check the network, HF_ENDPOINT or MODELSCOPE_ENDPOINT, or give a local folder", None, True
     )
-
-
-def fit_proxies(environment: MutableMapping[str, str]) -> None:
-    """Keep loopback out of proxies, and call what desktops set (socks://) by the name that clients know, socks5://."""
-    for name in ("NO_PROXY", "no_proxy"):
-        words = [word for word in environment.get(name, "").split(",") if word]
-        environment[name] = ",".join(dict.fromkeys([*words, *LOOPBACK.split(",")]))
-    for name in (*PROXIES, *map(str.upper, PROXIES)):
-        if (value := environment.get(name, "")).startswith("socks://"):
-            environment[name] = value.replace("socks://", "socks5://", 1)

@@ -49,11 +49,11 @@ class ApiGuard:
 
         async def send_with_notice(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = message | {"headers": [*message["headers"], NOTICE]}
+                message = {**message, "headers": [*message["headers"], NOTICE]}
             await send(message)
 
         path = re.sub("/+", "/", scope["path"]).rstrip("/")  # clients join addresses carelessly
-        scope = scope | {"path": path, "raw_path": path.encode()}
+        scope = {**scope, "path": path, "raw_path": path.encode()}
         request = Request(scope, receive)
         try:
             if (request.method, path) == HEALTH:
@@ -138,10 +138,12 @@ class ApiGuard:
 
         async def receive() -> Message:
             # a client that hangs up is ours to see: the generation ends, and with it the answer
-            return parts.pop() if parts else await asyncio.Event().wait()
+            if not parts:
+                await asyncio.Event().wait()
+            return parts.pop()
 
         length = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-        scope = scope | {"headers": [*length, (b"content-length", str(len(body)).encode())]}
+        scope = {**scope, "headers": [*length, (b"content-length", str(len(body)).encode())]}
         try:
             await self.app(scope, receive, reply)
         except Exception as error:
@@ -200,10 +202,10 @@ class Reply:
                 return
             self.started = True
             headers = [pair for pair in message["headers"] if pair[0] != b"content-length"]  # a stop text shortens it
-            await self._send(message | {"headers": headers})
+            await self._send({**message, "headers": headers})
         else:
             self.finished = not message.get("more_body")
-            await self._send(message | {"body": self._body(message.get("body", b""))})
+            await self._send({**message, "body": self._body(message.get("body", b""))})
 
     def _body(self, body: bytes) -> bytes:
         """Return a part of the body: a stream's event, or the whole answer, ended at a stop text and with OpenAI's fields."""

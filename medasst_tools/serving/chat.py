@@ -7,12 +7,13 @@ CHAT_AUTH sets a password, and it asks no other host for anything. `--expert` sh
 """
 
 import argparse
+import html
 import ipaddress
 import os
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +29,41 @@ EXAMPLES = [
     "高血压患者饮食上要注意什么？",
     "体检发现轻度脂肪肝，需要治疗吗？",
 ]
+PLACEHOLDER = "请输入问题，回车发送"
 # The notice and the box stay in sight, on a phone too; fonts are the system's own.
 CSS = """
 footer { display: none !important; }
-.gradio-container { max-width: 60rem !important; margin: 0 auto !important; padding: 0.5rem !important; }
-#notice { font-size: 0.85rem; line-height: 1.4; padding: 0.4rem 0.7rem; border-left: 4px solid #d97706; background: #fef3c7; }
+.gradio-container { max-width: 64rem !important; margin: 0 auto !important; padding: 0 !important; }
+main.fillable { padding: 0.75rem !important; }
+#notice { font-size: 0.8rem; line-height: 1.4; padding: 0.2rem 0.7rem; border-left: 4px solid #d97706 !important; background: #fef3c7; }
 #notice * { color: #78350f !important; }
-@media (max-width: 600px) { #notice .english { display: none; } .gradio-container { padding: 0.25rem !important; } }
+textarea { height: auto !important; max-height: 9rem; field-sizing: content; } /* gradio's own stays as high as what was sent */
+.examples { grid-template-columns: repeat(2, 1fr) !important; }
+.examples .example { border: 1px solid var(--border-color-primary) !important; border-radius: 0.6rem !important; }
+.submit-button, .stop-button { background: var(--primary-500) !important; color: white !important; border-radius: 0.4rem !important; }
+@media (max-width: 600px) {
+  main.fillable { padding: 0.4rem !important; }
+  #notice { font-size: 0.75rem; }
+  #notice .english { display: none; }
+  .examples { grid-template-columns: 1fr !important; }
+}
+"""
+# gradio sends an empty message and asks for its answer, and takes the placeholder away with the first one
+SCRIPT = f"""
+<script>
+const stopIfEmpty = (event, box) => {{
+  if (box?.value.trim() === "") {{ event.preventDefault(); event.stopImmediatePropagation(); }}
+}};
+addEventListener("keydown", (event) => {{
+  if (event.key === "Enter" && !event.shiftKey && event.target.matches("textarea")) stopIfEmpty(event, event.target);
+}}, true);
+addEventListener("click", (event) => {{
+  stopIfEmpty(event, event.target.closest?.(".submit-button")?.closest(".input-container").querySelector("textarea"));
+}}, true);
+new MutationObserver(() => {{
+  document.querySelectorAll("textarea[placeholder='']").forEach((box) => {{ box.placeholder = "{PLACEHOLDER}"; }});
+}}).observe(document, {{subtree: true, attributeFilter: ["placeholder"]}});
+</script>
 """
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 
@@ -145,9 +174,13 @@ def serve_page(address: Address, config: dict[str, Any], about: str | None) -> N
         from llamafactory.chat import ChatModel
         from llamafactory.extras.misc import fix_proxy
 
+        from medasst_tools.serving.stoppable_model import StoppableModel
+
         fix_proxy()  # gradio asks its own page whether it is up, and must not ask through a proxy
         ask_no_other_host()
-        page = build_page(ChatModel(config), about)
+        model = ChatModel(config)
+        model.engine.model = StoppableModel(model.engine.model)
+        page = build_page(model, about)
         page.queue().launch(
             server_name=address.host,
             server_port=address.port,
@@ -177,28 +210,35 @@ def build_page(model: Any, about: str | None = None) -> Any:
     """Return the page as gradio Blocks over a LLaMA-Factory ChatModel; `about` is shown with the settings, to experts."""
     import gradio as gr
 
-    def answer(message: str, history: list[dict[str, Any]], *settings: float) -> Iterator[str]:
-        """Stream the answer to a message; an empty one gets none."""
-        if not message.strip():
-            raise gr.Error("请先输入问题。", duration=5)
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in history]
+    from medasst_tools.serving.api_requests import Refused
+    from medasst_tools.serving.stoppable_model import CURRENT, Generation
+
+    async def answer(message: str, history: list[dict[str, Any]], *settings: float) -> AsyncIterator[str]:
+        """Stream the answer to a message, each time as far as it has come; whoever presses stop ends the generation too."""
+        turns = [_turn(turn) for turn in [*history, {"role": "user", "content": message}]]
         given = dict(zip(("max_new_tokens", "temperature", "top_p"), settings, strict=False))
-        text = ""
-        for word in model.stream_chat([*turns, {"role": "user", "content": harmless(message)}], **given):
-            text += word
-            yield text
+        generation, text = Generation(), ""
+        CURRENT.set(generation)
+        try:
+            async for word in model.astream_chat(turns, **given):
+                text += word
+                yield text
+        finally:
+            generation.stop(Refused(499, "stopped"))
 
     theme = gr.themes.Soft(font=FONTS, font_mono=["monospace"])
-    with gr.Blocks(title=TITLE, css=CSS, theme=theme, fill_height=True, analytics_enabled=False) as page:
-        gr.HTML(f'<b>{TITLE}</b>　{NOTICE_ZH} <span class="english">{NOTICE_EN}</span>', elem_id="notice")
+    options = {"css": CSS, "theme": theme, "head": SCRIPT}
+    with gr.Blocks(title=TITLE, fill_height=True, analytics_enabled=False, **options) as page:
+        english = f'<span class="english">{NOTICE_EN}</span>'
+        gr.HTML(f"<b>{TITLE}</b>　{NOTICE_ZH} {english}", elem_id="notice")
         if about:
             gr.Markdown(about)
         gr.ChatInterface(
             answer,
             type="messages",
-            chatbot=gr.Chatbot(type="messages", show_label=False, scale=1, sanitize_html=True, render_markdown=False),
+            chatbot=text_chatbot(),
             textbox=gr.Textbox(
-                placeholder="请输入问题，回车发送",
+                placeholder=PLACEHOLDER,
                 show_label=False,
                 max_lines=6,
                 max_length=4000,
@@ -206,7 +246,7 @@ def build_page(model: Any, about: str | None = None) -> Any:
                 submit_btn="发送",
                 stop_btn="停止",
             ),
-            examples=EXAMPLES,
+            examples=[[example] for example in EXAMPLES],
             cache_examples=False,
             additional_inputs=_sliders(model) if about else None,
             fill_height=True,
@@ -215,13 +255,28 @@ def build_page(model: Any, about: str | None = None) -> Any:
     return page
 
 
+def text_chatbot() -> Any:
+    """Return a gr.Chatbot that shows text as it is: gradio takes `体温<38` for HTML, and would fetch an image that a text names."""
+    import gradio as gr
+
+    def each(turns, change):
+        return [turn | {"content": change(turn["content"])} for turn in turns or []]
+
+    chatbot = gr.Chatbot(type="messages", show_label=False, scale=1, sanitize_html=True, render_markdown=False)
+    show, read = chatbot.postprocess, chatbot.preprocess
+    chatbot.postprocess = lambda value: show(each(value, html.escape))
+    chatbot.preprocess = lambda payload: each(read(payload), html.unescape)
+    return chatbot
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, str]:
+    """Return a turn as the model gets it."""
+    return {"role": turn["role"], "content": harmless(turn["content"]) if turn["role"] == "user" else turn["content"]}
+
+
 def harmless(text: str) -> str:
-    """Return a user's text with the marks of chat templates broken: the model would take them for the end of a turn."""
-    return (
-        text.replace("<|", "<\u200b|")
-        .replace("<start_of_turn>", "<\u200bstart_of_turn>")
-        .replace("[INST]", "[\u200bINST]")
-    )
+    """Return a user's text with all that looks like a template's mark broken: the model would take `</s>` for the end of a turn."""
+    return re.sub(r"([<\[])(?=[|｜/A-Za-z_])", "\\1\u200b", text)
 
 
 def _sliders(model: Any) -> list[Any]:

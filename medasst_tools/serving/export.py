@@ -27,7 +27,7 @@ from medasst_tools.training.checkpoints import weights_fault
 
 BASES = PROJECT_ROOT / "dataset_info" / "base_models.yaml"
 DONE = "export.json"
-RELEASED = ("config.json", "generation_config.json", *provenance.TOKENIZER_FILES)
+RELEASED = ("config.json", "generation_config.json", "chat_template.jinja", *provenance.TOKENIZER_FILES)
 PROMPT_KEYS = ("template", "default_system", "enable_thinking")
 
 
@@ -125,36 +125,50 @@ def base_folder(base: str) -> Path:
 
 
 def put_back_released_files(folder: Path, base: Path) -> None:
-    """Replace config and tokenizer as transformers wrote them by the base's own, readable for transformers 4 too."""
-    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("dtype", "bfloat16")
+    """Replace config and tokenizer as transformers wrote them by the base's own; what transformers 5 wrote there is mended.
+
+    CheckFailed if the merged weights aren't the released config's: a vocabulary that the training made larger.
+    """
+    merged = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for pattern in RELEASED:
         for path in folder.glob(pattern):
             path.unlink()
         for path in filter(Path.is_file, base.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    if (base / "chat_template.jinja").is_file():
-        shutil.copyfile(base / "chat_template.jinja", folder / "chat_template.jinja")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", for_older_readers(config) | {"torch_dtype": dtype})
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.is_file():
-        write_json(tokenizer, tokenizer_for_older_readers(json.loads(tokenizer.read_text(encoding="utf-8"))))
+    released = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if released.get("vocab_size") != merged.get("vocab_size"):
+        sizes = f"{released.get('vocab_size')} to {merged.get('vocab_size')}"
+        raise CheckFailed(f"the training changed the vocabulary from {sizes}, which its base's config doesn't fit")
+    for_older_readers = {
+        "config.json": lambda config: with_older_names(config, merged.get("dtype")),
+        "tokenizer_config.json": tokenizer_for_older_readers,
+    }
+    for name, mend in for_older_readers.items():
+        if (folder / name).is_file():
+            before = json.loads((folder / name).read_text(encoding="utf-8"))
+            if (after := mend(before)) != before:
+                write_json(folder / name, after)
 
 
-def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json that transformers 5 wrote with what version 4, vLLM and converters of that time look for.
+def with_older_names(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Return a config.json with the weights' dtype and rope_theta where transformers 4, vLLM and converters look for them.
 
-    They take rope_theta from the top level, and 10,000 without a word where it isn't there.
+    Where transformers 5 wrote rope_theta, inside rope_parameters, they don't, and take 10,000 without a word.
     """
-    rope = config.get("rope_parameters") or {}
-    return ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}) | config
+    rope = dict(config.get("rope_parameters") or {})
+    older = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = rope
+    names = {"torch_dtype"} | {"dtype"} & config.keys()
+    return older | config | (dict.fromkeys(names, dtype) if dtype else {})
 
 
 def tokenizer_for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
     """Return a tokenizer_config.json without the class and the list that only transformers 5 knows."""
     if config.get("tokenizer_class") == "TokenizersBackend":
-        config = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        # whose own third input name, token_type_ids, no model here takes
+        names = {"model_input_names": ["input_ids", "attention_mask"]}
+        config = names | config | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(extra := config.get("extra_special_tokens"), list):
         config = {key: value for key, value in config.items() if key != "extra_special_tokens"}
         config["additional_special_tokens"] = extra
@@ -167,17 +181,14 @@ def gather_facts(
 ) -> dict[str, Any]:
     """Return everything that the model card says; what isn't known, or isn't of this model, is None or empty."""
     base, identity = config["model_name_or_path"], provenance.model_identity(config)
-    results = {name: read_json(results_dir / experiment / f"{name}.json") for name in ("scores", "exam", "safety")}
-    results = {
-        name: found if found and found["made_of"].get("model") == identity else None for name, found in results.items()
-    }
+    found = {name: read_json(results_dir / experiment / f"{name}.json") for name in ("scores", "exam", "safety")}
+    made_of = {name: (result or {}).get("made_of", {}) for name, result in found.items()}
+    results = {name: found[name] if made_of[name].get("model") == identity else None for name in found}
     made = (run or {}).get("made_of", {})
-    of_results = {"predict": results["scores"], "exam": results["exam"]}
+    scored, examined = (made_of[name] if results[name] else None for name in ("scores", "exam"))
     return results | {
         "experiment": experiment,
-        "shown": provenance.shown_name(
-            experiment, train=made, **{kind: found and found["made_of"] for kind, found in of_results.items()}
-        ),
+        "shown": provenance.shown_name(experiment, train=made, predict=scored, exam=examined),
         "base": base,
         "base_facts": base_facts(base),
         "template": config["template"],
@@ -194,12 +205,9 @@ def gather_facts(
 
 
 def base_facts(base: str) -> dict[str, Any]:
-    """Return the base's licence and page; a folder of this project says what it is made of, an unknown id that it is unknown."""
-    known = read_yaml(BASES)
-    for entry in known:
-        if base in entry["ids"]:
-            return entry
-    return {"licence": None, "licence_id": None, "homepage": None}
+    """Return the base's licence and page as dataset_info/base_models.yaml has them; None where it doesn't know the base."""
+    unknown = {"licence": None, "licence_id": None, "homepage": None}
+    return next((entry for entry in read_yaml(BASES) if base in entry["ids"]), unknown)
 
 
 def data_rows(experiment: str, names: str) -> list[dict[str, Any]]:

@@ -5,7 +5,9 @@ template is rendered over a dialogue of two turns, without and with another syst
 LLaMA-Factory trains on; the Modelfile is written from the same template (the tests run it through Go's text/template).
 """
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +33,21 @@ def correct_prompts(folder: Path, chat: dict[str, Any]) -> list[str]:
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    carried = tokenizer.chat_template
+    released, tokenizer = (AutoTokenizer.from_pretrained(folder) for _ in range(2))
     template = get_template_and_fix_tokenizer(tokenizer, DataArguments(**chat))
-    tokenizer.chat_template = carried
+    wanted = {system: reference_ids(tokenizer, template, system) for system in (None, OTHER_SYSTEM)}
+    served = served_template(released, template, wanted)
     corrections = []
-    if difference := chat_template_difference(tokenizer, template):
-        tokenizer.chat_template = template._get_jinja_template(tokenizer)
+    if difference := chat_template_difference(released, released.chat_template, wanted):
         corrections.append(f"chat_template.jinja: {difference}")
-        if difference := chat_template_difference(tokenizer, template):
-            raise CheckFailed(
-                f"{chat['template']}: no chat template of LLaMA-Factory's gives its prompt ({difference})"
-            )
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(chat_template_of(served, released), encoding="utf-8")
         _without_older_template(folder / "tokenizer_config.json")
-    stops = sorted(set(template.get_stop_token_ids(tokenizer)) | {tokenizer.eos_token_id})
+    # llama3's template adds Llama 3.1's <|eom_id|> to the tokenizer: Llama 3 has no embedding for it
+    known = released.get_vocab().values()
+    stops = sorted(token for token in template.get_stop_token_ids(tokenizer) if token in known)
     if line := _stop_at(folder / "generation_config.json", stops):
         corrections.append(line)
-    (folder / "Modelfile").write_text(write_modelfile(tokenizer, template) + GREEDY, encoding="utf-8")
+    (folder / "Modelfile").write_text(write_modelfile(released, served, stops), encoding="utf-8")
     return corrections
 
 
@@ -69,6 +68,7 @@ def _stop_at(path: Path, stops: list[int]) -> str | None:
     return f"generation_config.json: eos_token_id {before} -> {stops}"
 
 
+# ---- the chat template ----------------------------------------------------------------------------------------------
 def reference_ids(tokenizer, template, system: str | None) -> list[int]:
     """Return the prompt of DIALOGUE as LLaMA-Factory encodes it, without a begin token: each server adds that itself."""
     ids = template.encode_oneturn(tokenizer, [*DIALOGUE, {"role": "assistant", "content": ""}], system)[0]
@@ -80,23 +80,60 @@ def without_bos(ids: list[int], tokenizer) -> list[int]:
     return ids[1:] if ids and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else ids
 
 
-def chat_template_difference(tokenizer, template) -> str | None:
-    """Say how the tokenizer's chat template differs from LLaMA-Factory's prompt; None if it doesn't."""
-    if not tokenizer.chat_template:
+def chat_template_difference(tokenizer, chat_template: str | None, wanted: dict[str | None, list[int]]) -> str | None:
+    """Say how a chat template's prompts differ from the training's, `wanted`: {system prompt: token ids}; None if not."""
+    if not chat_template:
         return "there is none"
-    for name, system in (("its own system prompt", None), ("another system prompt", OTHER_SYSTEM)):
+    for system, expected in wanted.items():
+        name = "another system prompt" if system else "its own system prompt"
         messages = [{"role": "system", "content": system}] * bool(system) + DIALOGUE
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # a template's own code: gemma's raises at a system message
             return f"it refuses {name}: {error}"
-        ids = without_bos(tokenizer.encode(text, add_special_tokens=False), tokenizer)
-        if ids != reference_ids(tokenizer, template, system):
+        if without_bos(tokenizer.encode(text, add_special_tokens=False), tokenizer) != expected:
             return f"another prompt than in training, with {name}"
     return None
 
 
-def write_modelfile(tokenizer, template) -> str:
+def served_template(tokenizer, template, wanted: dict[str | None, list[int]]):
+    """Return LLaMA-Factory's template so that its prompt, encoded at once, gives the training's token ids; CheckFailed if none."""
+    for candidate in candidates(template):
+        difference = chat_template_difference(tokenizer, chat_template_of(candidate, tokenizer), wanted)
+        if difference is None:
+            return candidate
+    raise CheckFailed(f"no chat template gives the prompt of the training ({difference}); not exported")
+
+
+def candidates(template) -> Iterator[Any]:
+    """Yield LLaMA-Factory's template, and it with a space before an answer.
+
+    LLaMA-Factory encodes each turn apart, and SentencePiece (Mistral's) puts a space before each text. A server encodes all
+    at once: it has that space after a special token only, where questions begin.
+    """
+    yield template
+    assistant = template.format_assistant
+    yield dataclasses.replace(template, format_assistant=dataclasses.replace(assistant, slots=[" ", *assistant.slots]))
+
+
+def chat_template_of(template, tokenizer) -> str:
+    """Return LLaMA-Factory's chat template, with the empty thought that it leaves out."""
+    thought = empty_thought(template)
+    end = f"{{% if messages[-1]['role'] == 'user' %}}{{{{ '{thought}' }}}}{{% endif %}}" if thought else ""
+    return template._get_jinja_template(tokenizer) + end
+
+
+def empty_thought(template) -> str:
+    """Return what stands before the answer of a reasoning model that was trained with `enable_thinking: false`."""
+    from llamafactory.data.template import ReasoningTemplate
+
+    return template.add_thought() if isinstance(template, ReasoningTemplate) and not template.enable_thinking else ""
+
+
+# ---- the Modelfile --------------------------------------------------------------------------------------------------
+def write_modelfile(tokenizer, template, stops: list[int]) -> str:
     """Return a Modelfile of LLaMA-Factory's template: no begin token, and the system prompt where the template has it."""
     from llamafactory.data.template import Llama2Template
 
@@ -110,13 +147,14 @@ def write_modelfile(tokenizer, template) -> str:
         user = user.replace("{{ .Content }}", first + "{{ .Content }}")
     else:
         opening = f"{{{{ if .System }}}}{convert(template.format_system, '.System')}{{{{ end }}}}"
+    if thought := empty_thought(template):
+        user += f"{{{{ if eq (len (slice $.Messages $i)) 1 }}}}{thought}{{{{ end }}}}"
     body = f'{{{{ if eq .Role "user" }}}}{user}{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ end }}}}'
-    stops = sorted(tokenizer.convert_ids_to_tokens(token) for token in template.get_stop_token_ids(tokenizer))
     lines = [
         "# written by medasst export from LLaMA-Factory's template\n",
-        f'FROM .\n\nTEMPLATE """{opening}{{{{ range .Messages }}}}{body}{{{{ end }}}}"""\n',
+        f'FROM .\n\nTEMPLATE """{opening}{{{{ range $i, $_ := .Messages }}}}{body}{{{{ end }}}}"""\n',
         f'SYSTEM """{template.default_system}"""\n' if template.default_system else "",
-        *(f'PARAMETER stop "{stop}"' for stop in stops),
+        *(f'PARAMETER stop "{stop}"' for stop in sorted(tokenizer.convert_ids_to_tokens(stops))),
         "PARAMETER num_ctx 4096",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + GREEDY

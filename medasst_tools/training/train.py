@@ -264,7 +264,7 @@ def _wait(child: subprocess.Popen, output_dir: Path) -> int:
                 status = child.wait(LOOK_EVERY)
             rows = checkpoints.read_log(output_dir)[seen:]
             if rows:
-                bar.total = rows[-1]["total_steps"]
+                bar.total = rows[-1].get("total_steps")
                 bar.update(rows[-1]["current_steps"] - bar.n)
             if (step := checkpoints.first_without_number(rows)) is not None:
                 raise CheckFailed(
