@@ -59,7 +59,7 @@ endif
 # ARGS and RESTART=1 are EXPERIMENT's: what it stands on, or is compared with, is trained anew only if it must be
 again = $(MAKE) $(1) EXPERIMENT=$(2) READY=$(DATA) $(if $(filter $(EXPERIMENT),$(2)),,ARGS= RESTART=$(if $(RESTART),if-other)) &&
 
-.PHONY: help setup constraints download data audit configs train predict exam score report eval evaluate bases model \
+.PHONY: help setup constraints download data audit configs train predict exam score report eval evaluate bases model check-exams plan \
   chat chat-cli api export safety doctor test test-slow lint format screenshot \
   bench bench-data bench-score bench-train bench-predict bench-gpu clean
 help: ## list the targets
@@ -120,7 +120,7 @@ score: setup
 report: setup ## write results/report.md, report_zh.md and report.html
 	@$(MEDASST) report
 
-eval: plan data ## everything, from installation to report (EXPERIMENTS="demo_base demo")
+eval: plan data check-exams ## everything, from installation to report (EXPERIMENTS="demo_base demo")
 	@$(foreach name,$(EXPERIMENTS),$(call again,evaluate,$(name)) $(if $(DPO),$(call again,safety,$(name)))) $(MEDASST) report
 	@$(if $(DPO),$(MEDASST) compare $(addprefix results/,$(EXPERIMENTS)))
 	@echo "Next: make chat, make api (EXPERIMENT=$(EXPERIMENT)); a real model: make doctor EXPERIMENT=medasst"
@@ -129,9 +129,14 @@ plan: setup
 	@echo "make eval: data, then training, predictions, exams and scores of $(EXPERIMENTS), then the report."
 	@echo "$(if $(filter demo%,$(EXPERIMENT)),About four minutes on two cores.,How long: make doctor EXPERIMENT=$(EXPERIMENT).) Logs: saves/*/train.log and results/*/*.log; V=1 shows them as they come."
 
+# before the training, not hours later; without exams the report says "not run"
+check-exams: setup
+	@if [ -e "$(EXAMS)" ]; then $(MEDASST) exam $(CONFIGS)/chat.yaml --exams-dir "$(EXAMS)" --out $(RESULTS) --check; \
+	else echo "no exams in $(EXAMS): not run; make download NAMES=\"ceval cmmlu\" fetches them"; fi
+
 evaluate:
 	@if [ -f $(CONFIGS)/train.yaml ]; then $(MAKE) train TRAIN_FLAGS=--more-samples-will-do; fi
-	@$(MAKE) predict exam score
+	@$(MAKE) predict $$(test ! -e "$(EXAMS)" || echo exam) score
 
 # ---- in use
 chat: model ## the chat page on http://127.0.0.1:7860 (GRADIO_SERVER_PORT)

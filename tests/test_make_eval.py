@@ -189,6 +189,18 @@ def test_a_model_that_is_there_needs_neither_corpora_nor_training(another):
     assert not (another / "data").exists()
 
 
+def test_exams_are_looked_at_before_anything_is_trained(another):
+    (another / "exams").mkdir()
+    (another / "exams/ceval-exam.zip").write_bytes(b"no archive")
+    calls = make_with_words(another, "eval", "EXAMS=exams", "EXPERIMENTS=demo")
+    verbs = [words[0] for words in calls]
+    assert "--check" in calls[verbs.index("exam")] and verbs.index("exam") < verbs.index("train")
+    said = refused(another, "eval", "EXAMS=exams")
+    assert "ceval-exam.zip" in said and "saves/demo: up to date" not in said
+    said = run_make(another, "eval", "EXAMS=nowhere").stdout
+    assert "no exams in nowhere: not run" in said and "exam.json" not in said
+
+
 def test_clean_removes_only_what_the_demo_made(another):
     (another / "saves/medasst").mkdir()
     (another / "results/medasst").mkdir()

@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--orders", type=int, choices=(1, 4), default=1, help="cyclic orders of the options (1)")
     parser.add_argument("--prompt", help="one of the prompts of exams.yaml (its first)")
     parser.add_argument("--limit", type=int, help="only the first N questions of each subject")
+    parser.add_argument("--check", action="store_true", help="only look whether the questions can be read")
     preflight.add_arguments(parser)
 
 
@@ -75,6 +76,9 @@ def run(args: argparse.Namespace) -> None:
         )
     subjects = load_subjects(args.exams_dir, protocol)
     config = load(args.chat_config, kind="chat")
+    if args.check:
+        print(f"{args.exams_dir}: {sum(len(subject.questions) for subject in subjects):,} exam questions")
+        return
     trained = provenance.check_model(config, args.chat_config)
     facts = {
         "shots": args.shots,

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         figures = draw_all(results, titles, subjects, args.results_dir / "figures" / lang, lang)
         shown = {name: path.relative_to(args.results_dir).as_posix() for name, path in figures.items()}
         pages[lang] = render_markdown(paper, results, comparisons, shown, lang)
-        write_text(args.results_dir / file, pages[lang])
+        write_text(args.results_dir / file, _folded(pages[lang]))
     write_text(args.results_dir / "report.html", render_html(pages, args.results_dir))
     pages_written = [args.results_dir / name for name in (*PAGES.values(), "report.html")]
     write_json(args.results_dir / RECORD, provenance.record(args.results_dir / RECORD, about, pages_written))
@@ -199,11 +199,13 @@ def render_html(pages: dict[str, str], folder: Path) -> str:
     return jinja2.Template(template, undefined=jinja2.StrictUndefined).render(title=title, bodies=bodies)
 
 
-def _folded(body: str) -> str:
-    """Fold what stands between the marks [fold: title] and [end]: raw HTML in Markdown is left off on purpose."""
-    return re.sub(
-        r"<p>\[fold: (.*?)\]</p>(.*?)<p>\[end\]</p>",
-        r"<details><summary>\1</summary>\2</details>",
-        body,
-        flags=re.DOTALL,
-    )
+FOLD = re.compile(r"^(<p>)?\[fold: (.*?)\](</p>)?$", re.MULTILINE)
+END = re.compile(r"^(<p>)?\[end\](</p>)?$", re.MULTILINE)
+
+
+def _folded(text: str) -> str:
+    """Turn the marks [fold: title] and [end], a line each, into what folds in a browser and on a forge's page.
+
+    They are marks until then because raw HTML in Markdown is left off on purpose: answers stay text.
+    """
+    return END.sub("</details>", FOLD.sub(r"<details><summary>\2</summary>", text))

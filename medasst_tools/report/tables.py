@@ -96,7 +96,8 @@ def _our_row(
             cells.append(NOT_RUN[lang])
             continue
         difference = f" ({scores[key] - paper[key]:+.2f})" if key in paper else ""
-        cells.append(f"{scores[key]:.2f}{difference} {interval(scores['ci95'][key])}")
+        bounds = f" {interval(scores['ci95'][key])}" if key in scores["ci95"] else ""
+        cells.append(f"{scores[key]:.2f}{difference}{bounds}")
     return [name, f"{scores['n']:,}", *cells]
 
 

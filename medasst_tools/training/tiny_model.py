@@ -38,11 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Build the model from the training sets in `--data-dir`, if it isn't there and of just these."""
     paths = training_files(args.data_dir)
-    about = provenance.made_of(
-        {"seed": args.seed},
-        {path.stem: sha256_of(path) for path in paths},
-        versions=provenance.package_versions("tokenizers", "torch", "transformers"),
-    )
+    about = provenance.made_of({"seed": args.seed}, {path.stem: sha256_of(path) for path in paths})
     busy = f"{args.out} is being made by another process; wait for it"
     with locked(args.out.parent / f".{args.out.name}.lock", busy):
         if provenance.up_to_date(args.out / RECORD, about):
