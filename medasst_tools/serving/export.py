@@ -185,6 +185,8 @@ def gather_facts(
     made_of = {name: (result or {}).get("made_of", {}) for name, result in found.items()}
     results = {name: found[name] if made_of[name].get("model") == identity else None for name in found}
     made = (run or {}).get("made_of", {})
+    below = [(provenance.read_run(Path(name)) or {}).get("made_of", {}) for name in adapters(config)[:-1]]
+    datasets = [one["settings"]["dataset"] for one in (*below, made) if one.get("settings", {}).get("dataset")]
     scored, examined = (made_of[name] if results[name] else None for name in ("scores", "exam"))
     return results | {
         "experiment": experiment,
@@ -196,8 +198,8 @@ def gather_facts(
         "system": config.get("default_system"),
         "run": run,
         "settings": made.get("settings", {}),
-        "data": data_rows(experiment, made.get("settings", {}).get("dataset", "")),
-        "files": made.get("files", {}),
+        "data": data_rows(experiment, ",".join(datasets)),
+        "files": {name: sha for one in (*below, made) for name, sha in one.get("files", {}).items()},
         "adapter_sha256": identity.get("adapter"),
         "notice_zh": NOTICE_ZH,
         "notice_en": NOTICE_EN,
