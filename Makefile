@@ -7,8 +7,9 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 EXPERIMENT ?= demo
-# what `make eval` evaluates: for the demo its untuned base too, so that the report has two rows to compare
-EXPERIMENTS ?= $(if $(filter demo,$(EXPERIMENT)),demo_base demo,$(EXPERIMENT))
+# what `make eval` evaluates: with the demo its untuned base, with a DPO what it went on from, so that there are two to compare
+EXPERIMENTS ?= $(if $(filter demo,$(EXPERIMENT)),demo_base demo,$(sort $(EXPERIMENT:_dpo=) $(EXPERIMENT)))
+DPO = $(filter %_dpo,$(EXPERIMENT))
 ARGS ?=# key=value for llamafactory-cli
 RESTART ?=# 1: train anew, whatever is there
 EXTRAS ?=# what single experiments need: pyproject.toml's gpu, qlora, distributed
@@ -122,7 +123,8 @@ report: setup ## write results/report.md, report_zh.md and report.html
 	@$(MEDASST) report
 
 eval: plan data check-exams ## everything, from installation to report (EXPERIMENTS="demo_base demo")
-	@$(foreach name,$(EXPERIMENTS),$(call again,evaluate,$(name))) $(MEDASST) report
+	@$(foreach name,$(EXPERIMENTS),$(call again,evaluate,$(name)) $(if $(DPO),$(call again,safety,$(name)))) $(MEDASST) report
+	@$(if $(DPO),$(MEDASST) compare $(addprefix results/,$(EXPERIMENTS)))
 	@echo "Next: make chat, make api (EXPERIMENT=$(EXPERIMENT)); a real model: make doctor EXPERIMENT=medasst"
 
 plan: setup
