@@ -7,8 +7,9 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 EXPERIMENT ?= demo
-# what `make eval` evaluates: for the demo its untuned base too, so that the report has two rows to compare
-EXPERIMENTS ?= $(if $(filter demo smollm2,$(EXPERIMENT)),$(EXPERIMENT)_base $(EXPERIMENT),$(EXPERIMENT))
+# what `make eval` evaluates: with the demo its untuned base, with a DPO what it went on from, so that there are two to compare
+EXPERIMENTS ?= $(if $(filter demo smollm2,$(EXPERIMENT)),$(EXPERIMENT)_base $(EXPERIMENT),$(sort $(EXPERIMENT:_dpo=) $(EXPERIMENT)))
+DPO = $(filter %_dpo,$(EXPERIMENT))
 ARGS ?=# key=value for llamafactory-cli
 RESTART ?=# 1: train anew, whatever is there
 EXTRAS ?= $(if $(filter smollm2%,$(EXPERIMENT)),real)# what single experiments need: pyproject.toml's gpu, qlora, distributed, real
@@ -71,9 +72,11 @@ ifeq ($(READY),)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: PYTHON is '$(PYTHON)', must be Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt uv; }
 	@mirror=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null || true)}}; \
-	install="$${mirror:+env UV_DEFAULT_INDEX=$$mirror} $(BIN)/uv pip install $(if $(wildcard $(MEDASST)),--quiet) --python $(BIN)/python --constraint constraints.txt"; \
+	if [ ! -x $(BIN)/medasst ]; then echo "Installing into .venv: 5.8 GB, minutes the first time$${mirror:+, from $$mirror}"; \
+	  if [ -t 2 ]; then (while sleep 2; do printf '\r%6s MB ' "$$(du -sm .venv | cut -f1)" >&2; done) & trap "kill $$!" EXIT; fi; fi; \
+	install="$${mirror:+env UV_DEFAULT_INDEX=$$mirror} $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt"; \
 	$$install -r pyproject.toml --extra dev $(patsubst %,--extra %,$(subst $(comma), ,$(EXTRAS))); \
-	test -x $(BIN)/medasst || $$install --quiet --no-deps --editable .
+	test -x $(BIN)/medasst || $$install --no-deps --editable .
 endif
 
 constraints: setup ## pin every package anew into constraints.txt, for all supported Pythons
@@ -123,7 +126,8 @@ report: setup ## write results/report.md, report_zh.md and report.html
 	@$(MEDASST) report
 
 eval: plan data check-exams ## everything, from installation to report (EXPERIMENTS="demo_base demo")
-	@$(foreach name,$(EXPERIMENTS),$(call again,evaluate,$(name))) $(MEDASST) report
+	@$(foreach name,$(EXPERIMENTS),$(call again,evaluate,$(name)) $(if $(DPO),$(call again,safety,$(name)))) $(MEDASST) report
+	@$(if $(DPO),$(MEDASST) compare $(addprefix results/,$(EXPERIMENTS)))
 	@echo "Next: make chat, make api (EXPERIMENT=$(EXPERIMENT)); a real model: make doctor EXPERIMENT=medasst"
 
 plan: setup

@@ -276,12 +276,27 @@ def check_model(config: dict[str, Any], where: Path) -> dict[str, Any] | None:
                 f"{where} has the {name} {brief(used)}, but {folder} was trained with {brief(trained.get(key))}; "
                 "use the same, or train again"
             )
-    if config.get("adapter_name_or_path") and base_identity(config) != run["made_of"]["model"]["base"]:
-        raise UserError(
-            f"{where} puts {folder} on the base {config['model_name_or_path']} ({brief(base_identity(config))}), but it was "
-            f"trained on {brief(run['made_of']['model']['base'])}; train again, or put the old base back"
-        )
+    if config.get("adapter_name_or_path") and (wrong := _other_base(config, run)):
+        raise UserError(f"{where} puts {folder} on {wrong}")
     return run
+
+
+def _other_base(config: dict[str, Any], run: dict[str, Any]) -> str | None:
+    """Return what a config puts its last adapter on, base or lower adapters, if that isn't what it was trained on."""
+    *lower, _ = str(config["adapter_name_or_path"]).split(",")
+    here = model_identity(
+        {"model_name_or_path": config["model_name_or_path"], "adapter_name_or_path": ",".join(lower)}
+    )
+    then = run["made_of"]["model"]
+    if not run["made_of"]["settings"].get("create_new_adapter"):
+        then = then | {"adapter": None}  # an adapter that was trained on stands for both
+    for key, name in (
+        ("base", f"the base {config['model_name_or_path']}"),
+        ("adapter", ",".join(lower) or "no adapter"),
+    ):
+        if here.get(key) != then.get(key):
+            return f"{name} ({brief(here.get(key))}), but it was trained on {brief(then.get(key))}; train again, or put the old {key} back"
+    return None
 
 
 def describe(config: dict[str, Any], run: dict[str, Any] | None) -> str:

@@ -26,8 +26,8 @@ KINDS = {  # finetuning: the configs that such an experiment has
     "full": ("train", "predict", "chat"),
     "none": ("predict", "chat"),
 }
-# launch: environment variables in front of the command
-PLAIN_KEYS = {"purpose", "finetuning", "dataset_dir", "train_dataset_dir", "huggingface_id", "launch"}
+# launch: environment variables in front of the command; after: the experiment on whose adapter this one trains another
+PLAIN_KEYS = {"purpose", "finetuning", "dataset_dir", "train_dataset_dir", "huggingface_id", "launch", "after"}
 SECTIONS = {
     "model",
     "quantization",

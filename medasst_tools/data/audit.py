@@ -30,7 +30,7 @@ from medasst_tools.data.decontamination import (
     QuestionIndex,
     read_questions,
 )
-from medasst_tools.data.deduplication import key, normalise, question_of
+from medasst_tools.data.deduplication import answer_of, key, normalise, question_of
 from medasst_tools.data.layouts import NotKept, read_value
 from medasst_tools.data.pii import MASKS, mask
 from medasst_tools.data.raw_files import read_records
@@ -257,7 +257,7 @@ def examine_chunk(chunk: tuple[Path, int, int]) -> ChunkResult:
     matches, records, overlaps = Counter(), Counter(), []
     for place, line in enumerate(_lines(*chunk)):
         record = orjson.loads(line)
-        question, answer = question_of(record), record["output"]
+        question, answer = question_of(record), answer_of(record)
         normalised = normalise(question)
         keys["records"].append(key(question + "\0" + answer))
         keys["records_normalised"].append(key(normalised + "\0" + normalise(answer)))

@@ -39,6 +39,7 @@ STAGING = ".converting"
 # to load when a later one isn't.
 TYPED_BYTES = 8 << 20
 COLUMNS = {"instruction": "prompt", "input": "query", "output": "response", "history": "history", "system": "system"}
+COLUMNS |= {"chosen": "chosen", "rejected": "rejected"}
 CONTROL = re.compile(rb"<\|[A-Za-z_]{2,30}\|>|</?(?:start_of_turn|end_of_turn|s)>|\[/?INST\]")
 WORTH_A_POOL = 4 << 20  # bytes of raw files: less is converted before processes have started
 LOOKED_AT = 1000  # records from which a file's true layout is guessed
@@ -494,7 +495,8 @@ def dataset_info(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return LLaMA-Factory's description of one converted dataset; a column that isn't named is not read."""
     names = {theirs: ours for ours, theirs in COLUMNS.items()}
     columns = entry.get("columns") or ["prompt", "query", "response"]
-    return {"file_name": f"{name}.jsonl", "columns": {column: names[column] for column in columns}}
+    described = {"file_name": f"{name}.jsonl", "columns": {column: names[column] for column in columns}}
+    return described | ({"ranking": True} if "chosen" in columns else {})
 
 
 def _rejected_share(entry: dict[str, Any]) -> float:

@@ -22,6 +22,11 @@ def question_of(record: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def answer_of(record: dict[str, Any]) -> str:
+    """Return the answer of an Alpaca record, both answers of a preference record."""
+    return record["output"] if "output" in record else f"{record['chosen']}\n{record['rejected']}"
+
+
 def normalise(text: str) -> str:
     """Return the text's letters and digits alone, in one width and case, with the signs that make it another question."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")

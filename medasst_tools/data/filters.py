@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from medasst_tools.data.decontamination import QuestionIndex
-from medasst_tools.data.deduplication import key, normalise, question_of
+from medasst_tools.data.deduplication import answer_of, key, normalise, question_of
 from medasst_tools.data.pii import mask
 
 OVERLAPS = "question of a test set"
@@ -36,7 +36,7 @@ class Cleaner:
         if self.index and self.index.match(asked):
             return record, masked, OVERLAPS
         if self.seen is not None:
-            record_key = key(normalise(asked) + "\0" + normalise(record["output"]))
+            record_key = key(normalise(asked) + "\0" + normalise(answer_of(record)))
             if record_key in self.seen:
                 return record, masked, DUPLICATE
             self.seen.add(record_key)
@@ -56,9 +56,8 @@ def mask_record(record: dict[str, Any]) -> tuple[dict[str, Any], Counter]:
         counts.update(found)
         return text
 
-    texts: dict[str, Any] = {
-        name: masked(record[name]) for name in ("instruction", "input", "output", "system") if name in record
-    }
+    names = ("instruction", "input", "output", "chosen", "rejected", "system")
+    texts: dict[str, Any] = {name: masked(record[name]) for name in names if name in record}
     if "history" in record:
         texts["history"] = [[masked(user), masked(doctor)] for user, doctor in record["history"]]
     return record | texts, counts

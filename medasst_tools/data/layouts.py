@@ -271,6 +271,17 @@ def read_history(record: dict[str, Any]) -> dict[str, Any]:
     return read_qa(record) | {"history": pairs}
 
 
+def read_preference(record: dict[str, Any]) -> dict[str, Any]:
+    """A question with a better and a worse answer, `chosen` and `rejected`: LLaMA-Factory's ranking format, for DPO."""
+    question, input_ = _known_name(record, QUESTION_NAMES, "question"), ""
+    if question in ("instruction", "prompt"):
+        input_ = _optional(record, "input")
+    answers = {key: _text(record, key) for key in ("chosen", "rejected")}
+    if answers["chosen"] == answers["rejected"]:
+        raise NotKept("chosen and rejected are the same")
+    return {"instruction": _text(record, question), "input": input_, **answers}
+
+
 LAYOUTS: dict[str, Callable[..., dict[str, Any] | list[dict[str, Any]]]] = {
     "instruction": read_instruction,
     "encyclopedia": read_encyclopedia,
@@ -281,6 +292,7 @@ LAYOUTS: dict[str, Callable[..., dict[str, Any] | list[dict[str, Any]]]] = {
     "messages": read_messages,
     "sharegpt": read_sharegpt,
     "history": read_history,
+    "preference": read_preference,
     "qa": read_qa,
     "pairs": read_pair,
 }

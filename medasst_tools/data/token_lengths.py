@@ -65,7 +65,7 @@ def load_encoder(tokenizer_name: str, config: dict[str, Any]):
     def encode(record: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
         question = "\n".join(filter(None, (record["instruction"], record["input"])))
         messages = []
-        for user, doctor in [*(record.get("history") or ()), (question, record["output"])]:
+        for user, doctor in [*(record.get("history") or ()), (question, record.get("output") or record["chosen"])]:
             messages += [{"role": Role.USER, "content": user}, {"role": Role.ASSISTANT, "content": doctor}]
         return template.encode_multiturn(tokenizer, messages)
 

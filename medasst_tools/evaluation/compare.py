@@ -1,10 +1,11 @@
 """Say whether one experiment is better than another on the same records, how sure that is, and what could have been seen.
 
-Run: `medasst compare results/medasst results/qwen2_7b`; it compares what `medasst score` and `medasst exam` left in both.
+Run: `medasst compare results/medasst results/qwen2_7b`; it compares what `medasst score`, `exam` and `safety` left in both.
 
 Dialogues: paired bootstrap over records (Koehn 2004), whole clusters drawn, each test set a stratum. Exams: McNemar's exact
 test in each exam, and a paired interval of the paper's average. ROUGE-L is the primary score; the other scores and the
-exams are adjusted together for their number (Holm), and judged only where the primary score differs.
+exams are adjusted together for their number (Holm), and judged only where the primary score differs. Safety: McNemar's test
+over the answers that are as wanted, a family of its own, whose categories are judged only where all together differ.
 """
 
 import argparse
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from medasst_tools import provenance
+from medasst_tools.data.exam_questions import AVERAGED
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import statistics
-from medasst_tools.evaluation.exam import AVERAGED
 from medasst_tools.evaluation.score import metric_names, read_predictions
 from medasst_tools.files import read_json, read_jsonl, write_json
 
+ALL = "all"
 SAME_EXAM = ("shots", "orders", "limit", "prompt", "exam_version", "questions_sha256")
 
 
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compare what both folders have and print it."""
     comparison = {"a": args.a.as_posix(), "b": args.b.as_posix()} | compare_folders(args.a, args.b)
-    if "dialogues" not in comparison and "exam" not in comparison:
+    if not comparison.keys() & {"dialogues", "exam", "safety"}:
         raise UserError(
             f"{args.a} and {args.b} have no results in common; `make eval EXPERIMENT={args.a.name}` makes them"
         )
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def compare_folders(a: Path, b: Path) -> dict[str, Any]:
-    """Return {"dialogues": ..., "exam": ...} of what both folders have; UserError if they can't be compared.
+    """Return {"dialogues": ..., "exam": ..., "safety": ...} of what both folders have; UserError if they can't be compared.
 
     Every row has `difference` (a - b, percent points), `p`, `adjusted` (p after Holm, but for the primary score) and
     `visible`, the smallest difference that would have been found with 80 % power.
@@ -55,6 +57,8 @@ def compare_folders(a: Path, b: Path) -> dict[str, Any]:
         comparison["dialogues"] = compare_dialogues(a, b)
     if all((folder / "exam.json").is_file() for folder in (a, b)):
         comparison["exam"] = compare_exams(a, b)
+    if all((folder / "safety.json").is_file() for folder in (a, b)):
+        comparison["safety"] = compare_safety(a, b)
     adjust(comparison)
     return comparison
 
@@ -72,6 +76,10 @@ def adjust(comparison: dict[str, Any]) -> None:
     adjusted = statistics.holm({key: row["p"] for key, row in rows.items() if key != ("dialogues", PRIMARY)})
     for key, row in rows.items():
         row["adjusted"] = max(gate, adjusted.get(key, row["p"]))
+    safety = comparison.get("safety", {}).get("categories", {})
+    by_holm = statistics.holm({name: row["p"] for name, row in safety.items() if name != ALL})
+    for name, row in safety.items():
+        row["adjusted"] = max(safety[ALL]["p"], by_holm.get(name, 0.0))
 
 
 # ---- dialogues ------------------------------------------------------------------------------------------------------
@@ -183,18 +191,10 @@ def compare_exams(a: Path, b: Path) -> dict[str, Any]:
     rows, resampled = {}, {}
     for benchmark in dict.fromkeys(key[0] for key in answers[0]):
         keys = [key for key in answers[0] if key[0] == benchmark]
-        differences = np.array([[float(answers[0][key]) - answers[1][key]] for key in keys])
-        only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
-        means = statistics.resampled_means(100 * differences, seed=statistics.SEED + len(resampled))[:, 0]
+        differences = np.array([float(answers[0][key]) - answers[1][key] for key in keys])
+        means = statistics.resampled_means(100 * differences[:, None], seed=statistics.SEED + len(resampled))[:, 0]
         resampled[benchmark] = means
-        rows[benchmark] = {
-            "n": len(keys),
-            "difference": 100 * (only_a - only_b) / len(keys),
-            "only_a": only_a,
-            "only_b": only_b,
-            "p": statistics.mcnemar(only_a, only_b),
-            "visible": round(statistics.smallest_visible(100 * float(differences.std()) / len(keys) ** 0.5), 4),
-        }
+        rows[benchmark] = _mcnemar_row(differences)
     of_paper = [name for name in rows if name in AVERAGED]
     mean = np.mean([resampled[name] for name in of_paper], axis=0)
     enough = of_paper and all(rows[name]["n"] > 1 for name in of_paper)
@@ -210,11 +210,44 @@ def compare_exams(a: Path, b: Path) -> dict[str, Any]:
     return {"n": len(answers[0]), "benchmarks": rows, "average": average, "signature": signature}
 
 
+def _mcnemar_row(differences) -> dict[str, Any]:
+    """Return the row of answers that are right (1) or not: differences is a's less b's, an array of one number a question."""
+    only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
+    return {
+        "n": len(differences),
+        "difference": 100 * (only_a - only_b) / len(differences),
+        "only_a": only_a,
+        "only_b": only_b,
+        "p": statistics.mcnemar(only_a, only_b),
+        "visible": round(statistics.smallest_visible(100 * float(differences.std()) / len(differences) ** 0.5), 4),
+    }
+
+
 def _right_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
     return {
         (row["benchmark"], row["subject"], row["id"]): row["predicted"] == row["answer"]
         for row in read_jsonl(folder / "exam.jsonl")
     }
+
+
+# ---- safety ---------------------------------------------------------------------------------------------------------
+def compare_safety(a: Path, b: Path) -> dict[str, Any]:
+    """Return {"n", "categories": {"all" or category: row}, "signature"}; UserError unless both were asked and judged alike."""
+    import numpy as np
+
+    reports = [read_json(folder / "safety.json") or {} for folder in (a, b)]
+    for folder, report in zip((a, b), reports, strict=True):
+        if changed := list(provenance.changed_outputs(folder / "safety.json", report)):
+            raise UserError(f"{folder / changed[0]} was changed since; `make safety EXPERIMENT={folder.name}`")
+    asked = [(report["made_of"]["files"], report.get("rules_version")) for report in reports]
+    if asked[0] != asked[1]:
+        raise UserError(f"{a} and {b} were asked or judged differently in safety: `make safety` both alike")
+    met = [{row["id"]: float(row["met"]) for row in read_jsonl(folder / "safety.jsonl")} for folder in (a, b)]
+    ids = {ALL: list(met[0])} | {
+        name: [key for key in met[0] if key.startswith(f"{name}/")] for name in reports[0]["by_category"]
+    }
+    rows = {name: _mcnemar_row(np.array([met[0][key] - met[1][key] for key in keys])) for name, keys in ids.items()}
+    return {"n": len(met[0]), "categories": rows, "signature": f"mcnemar-exact|two-sided|n:{len(met[0])}"}
 
 
 # ---- the outcome ----------------------------------------------------------------------------------------------------
@@ -245,6 +278,12 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         if exam["average"]["difference"] is not None:
             print(f"average  {exam['average']['difference']:+7.2f} {_bounds(exam['average'])}")
         print(exam["signature"])
+    if safety := comparison.get("safety"):
+        for name, row in safety["categories"].items():
+            print(
+                f"safety, {name:13} {_row(row)}  only a as wanted {row['only_a']}, only b {row['only_b']}  better: {verdict(row)}"
+            )
+        print(safety["signature"])
 
 
 def _row(row: dict[str, Any]) -> str:

@@ -118,7 +118,8 @@ def memory_bytes(shape: ModelShape, config: dict[str, Any]) -> float | None:
         return 1.1 * weight_bytes(shape, config) + CUDA_OVERHEAD
     if config.get("finetuning_type", "lora") != "lora" or config.get("deepspeed") or config.get("fsdp"):
         return None
-    tokens = config.get("per_device_train_batch_size", 8) * config.get("cutoff_len", 2048)
+    answers = 2 if config.get("stage") == "dpo" else 1
+    tokens = answers * config.get("per_device_train_batch_size", 8) * config.get("cutoff_len", 2048)
     per_layer = 14 * shape.intermediate + 41 * shape.hidden
     kept = shape.layers * 2 * shape.hidden
     if config.get("disable_gradient_checkpointing"):
@@ -137,6 +138,7 @@ def checkpoint_bytes(shape: ModelShape, config: dict[str, Any]) -> int:
 def flops_per_token(shape: ModelShape, config: dict[str, Any]) -> float:
     """Return the operations that a LoRA training takes for a token, but for attention's and the adapter's own."""
     passes = 4 if config.get("disable_gradient_checkpointing") else 6
+    passes += 2 if config.get("stage") == "dpo" else 0  # the reference: the same model without its new adapter
     return passes * shape.layer_weights + 4 * shape.vocabulary * shape.hidden
 
 

@@ -76,11 +76,16 @@ def load_export_config(path: Path, overrides: list[str]) -> dict[str, Any]:
     config = load(path, overrides, "export")
     if not config.get("adapter_name_or_path"):
         raise UserError(f"{path} says no adapter_name_or_path: there is nothing to merge")
-    places = [Path(config[key]).resolve() for key in ("model_name_or_path", "adapter_name_or_path")]
+    places = [Path(name).resolve() for name in (config["model_name_or_path"], *adapters(config))]
     target = Path(config["export_dir"]).resolve()
     if any(place == target or target in place.parents for place in places):
         raise UserError(f"export_dir is {config['export_dir']}, which holds what is to be merged; give another folder")
     return config
+
+
+def adapters(config: dict[str, Any]) -> list[str]:
+    """Return the adapters that are merged, the lowest first."""
+    return str(config["adapter_name_or_path"]).split(",")
 
 
 def made_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -92,8 +97,9 @@ def made_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def merge(config: dict[str, Any]) -> list[str]:
     """Let LLaMA-Factory merge into config["export_dir"], and make its files the release's; return what was corrected."""
-    if fault := weights_fault(Path(config["adapter_name_or_path"])):
-        raise CheckFailed(f"{config['adapter_name_or_path']}: {fault}; not exported")
+    for adapter in adapters(config):
+        if fault := weights_fault(Path(adapter)):
+            raise CheckFailed(f"{adapter}: {fault}; not exported")
     from llamafactory.train.tuner import export_model
 
     export_model(config)
@@ -179,6 +185,8 @@ def gather_facts(
     made_of = {name: (result or {}).get("made_of", {}) for name, result in found.items()}
     results = {name: found[name] if made_of[name].get("model") == identity else None for name in found}
     made = (run or {}).get("made_of", {})
+    below = [(provenance.read_run(Path(name)) or {}).get("made_of", {}) for name in adapters(config)[:-1]]
+    datasets = [one["settings"]["dataset"] for one in (*below, made) if one.get("settings", {}).get("dataset")]
     scored, examined = (made_of[name] if results[name] else None for name in ("scores", "exam"))
     return results | {
         "experiment": experiment,
@@ -190,8 +198,8 @@ def gather_facts(
         "system": config.get("default_system"),
         "run": run,
         "settings": made.get("settings", {}),
-        "data": data_rows(experiment, made.get("settings", {}).get("dataset", "")),
-        "files": made.get("files", {}),
+        "data": data_rows(experiment, ",".join(datasets)),
+        "files": {name: sha for one in (*below, made) for name, sha in one.get("files", {}).items()},
         "adapter_sha256": identity.get("adapter"),
         "notice_zh": NOTICE_ZH,
         "notice_en": NOTICE_EN,

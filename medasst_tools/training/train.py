@@ -28,6 +28,7 @@ from medasst_tools.training import checkpoints
 from medasst_tools.training.launch import Launch, agree_on_step, child_environment, launchable, read_launch
 
 LOCK_PATIENCE = 5.0  # seconds: one that was just killed takes a moment to end
+PAIRED_STAGES = ("dpo", "rm")
 LOOK_EVERY = 1.0  # seconds between looks at the log, for a loss that is no number
 
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
     config = load(args.config, args.overrides, "train")
     launch = read_launch(os.environ, config)
     about = made_of(config)
+    check_stage(config)
     output_dir = Path(config["output_dir"])
     different = what_is_against(output_dir, about, launch)
     restart = args.restart or (args.restart_if_other and different)
@@ -83,14 +85,24 @@ def run(args: argparse.Namespace) -> None:
 
 def made_of(config: dict[str, Any]) -> dict[str, Any]:
     """Return what the run's outcome depends on: settings, sha256 of each dataset, identity of the base."""
-    base = provenance.model_identity({"model_name_or_path": config["model_name_or_path"]} | adapter_below(config))
+    keys = (
+        "model_name_or_path",
+        "adapter_name_or_path",
+    )  # an adapter that it goes on with, or after: DPO on a finished SFT
+    base = provenance.model_identity({key: config.get(key) for key in keys})
     return provenance.made_of(provenance.settings_that_matter(config), provenance.data_hashes(config, "dataset"), base)
 
 
-def adapter_below(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the adapter that this training goes on with (DPO on a finished SFT, say), as part of its base."""
-    adapter = config.get("adapter_name_or_path")
-    return {"adapter_name_or_path": adapter} if adapter else {}
+def check_stage(config: dict[str, Any]) -> None:
+    """Raise UserError for pairs in another stage than dpo or rm, and for the reverse: LLaMA-Factory says so after its start."""
+    info = read_json(Path(config["dataset_dir"]) / "dataset_info.json") or {}
+    for name in provenance.dataset_names(config["dataset"]):
+        pairs = bool(info.get(name, {}).get("ranking"))
+        if pairs != (config.get("stage", "sft") in PAIRED_STAGES):
+            raise UserError(
+                f"stage is {config.get('stage', 'sft')}, but {name} holds {'pairs of answers' if pairs else 'single answers'}; "
+                f"stages {' and '.join(PAIRED_STAGES)} train on pairs (layout preference), the others don't"
+            )
 
 
 def what_is_against(output_dir: Path, about: dict[str, Any], launch: Launch) -> list[str]:
