@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, SAMPLES
-from test_resume import checkpoint_steps, finish, read, start
+from test_resume import finish, read, start
 
 from medasst_tools import cli
 from medasst_tools.files import sha256_of, write_text
@@ -36,22 +36,39 @@ def tokenizer():
     return released_model.load_tokenizer(gguf())
 
 
-@pytest.fixture(scope="module")
-def llama_cpp():
-    """Ask llama.cpp's own server, which reads the same file: ask(path, what is sent) -> its JSON."""
-    import xllamacpp
+class LlamaCpp:
+    """llama.cpp's own server over a GGUF."""
 
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.cpuparams.n_threads = str(gguf()), 1024, 1, 1
-    server = xllamacpp.Server(params)
+    def __init__(self, path: Path):
+        import xllamacpp
 
-    def ask(path: str, **body):
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel, params.cpuparams.n_threads = str(path), 1024, 1, 1
+        self.server = xllamacpp.Server(params)
+
+    def ask(self, path: str, **body):
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.server.listening_address + path, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
-    return ask
+
+def unquantized(source: Path, path: Path) -> Path:
+    """Write a GGUF's weights as float32: in 4 bits llama.cpp rounds the activations too, and says something else."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
+
+    reader, writer = GGUFReader(source), GGUFWriter(path, "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +85,12 @@ def texts() -> set[str]:
 
 
 @needs_it
-def test_the_tokens_are_llama_cpps(tokenizer, llama_cpp):
+def test_the_tokens_are_llama_cpps(tokenizer):
+    llama_cpp = LlamaCpp(gguf())
     assert len(texts()) > 500
     for text in texts():
         ids = tokenizer(text)["input_ids"]
-        assert ids == llama_cpp("/tokenize", content=text, add_special=False, parse_special=True)["tokens"], text
+        assert ids == llama_cpp.ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"], text
         assert tokenizer.decode(ids) == text
 
 
@@ -110,16 +128,24 @@ def test_without_the_package_it_says_what_installs_it(tmp_path, monkeypatch, cap
 # ---- the weights ----------------------------------------------------------------------------------------------------
 @needs_it
 @pytest.mark.slow
-def test_the_weights_answer_as_llama_cpp_does(model, llama_cpp, capsys):
+def test_the_weights_answer_as_llama_cpp_does(model, tmp_path, capsys):
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    llama_cpp = LlamaCpp(unquantized(gguf(), tmp_path / "float32.gguf"))
     tokenizer, weights = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     assert weights.num_parameters() == 134_515_008
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = weights.generate(**prompt, max_new_tokens=20, do_sample=False)[0][prompt["input_ids"].shape[1] :]
-    said = llama_cpp("/v1/chat/completions", messages=QUESTION, temperature=0, max_tokens=20)
-    assert tokenizer.decode(ids, skip_special_tokens=True) == said["choices"][0]["message"]["content"]
-    assert "Paris" in said["choices"][0]["message"]["content"]
+    said = llama_cpp.ask("/v1/chat/completions", messages=QUESTION, temperature=0, max_tokens=20)
+    answer = tokenizer.decode(ids, skip_special_tokens=True)
+    assert answer == said["choices"][0]["message"]["content"] == "The capital of France is Paris."
+    for text in ("The capital of France is", "孩子发烧怎么办？", "Hello, my name is"):
+        ids = tokenizer(text)["input_ids"]
+        expected = torch.log_softmax(weights(torch.tensor([ids])).logits[0, -1], -1)
+        next_token = llama_cpp.ask("/completion", prompt=ids, temperature=0, n_predict=1, n_probs=10)
+        for likely in next_token["completion_probabilities"][0]["top_logprobs"]:
+            assert likely["logprob"] == pytest.approx(expected[likely["id"]].item(), abs=0.02), (text, likely)
     capsys.readouterr()
     assert cli.main(["released-model", "--out", str(model)]) == 0
     assert capsys.readouterr().out == f"{model}/released_model.json: up to date\n"
@@ -132,7 +158,7 @@ def test_a_killed_training_ends_as_if_nobody_had_killed_it_and_is_exported(model
     finish(forkserver, tiny_run, "smollm2_whole", *settings)
     saves = tiny_run.parent / "saves/smollm2_killed"
     process, log = start(forkserver, tiny_run, "smollm2_killed", *settings)
-    while process.is_alive() and not checkpoint_steps(saves):
+    while process.is_alive() and not list(saves.glob("checkpoint-*/trainer_state.json")):
         time.sleep(0.01)
     process.kill()
     process.join()
