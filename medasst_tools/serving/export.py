@@ -237,4 +237,38 @@ def render_card(facts: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["thousands"] = "{:,}".format
-    return environment.get_template("model_card.md.j2").render(facts)
+    return environment.get_template("model_card.md.j2").render(facts, metadata=metadata(facts))
+
+
+def metadata(facts: dict[str, Any]) -> str:
+    """Return the card's YAML as the hubs read it, with the scores as a `model-index` by huggingface_hub's own classes."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=f"medasst-{kind}",
+            dataset_name=f"{title}, {found['n']:,} {unit}",
+            metric_type=key,
+            metric_value=round(found[key], 4),
+            metric_config=found["signature"],
+        )
+        for kind, title, unit in (
+            ("scores", "Chinese medical dialogues", "records"),
+            ("exam", "CMMLU and C-Eval", "questions"),
+        )
+        if (found := facts[kind])
+        for key in found["ci95"]
+        if found.get(key) is not None
+    ]
+    data = ModelCardData(
+        language=["zh"],
+        license=facts["base_facts"]["licence_id"],
+        base_model=facts["base"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["medical", "llama-factory", "lora"],
+        model_name=facts["shown"],
+        eval_results=results or None,
+    )
+    return data.to_yaml()
