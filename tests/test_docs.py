@@ -74,7 +74,7 @@ def test_paper_rows_are_the_papers(name):
 def test_the_licences_are_the_registrys(page):
     text = read(page)
     for dataset in load_datasets(own=Path(os.devnull)).values():
-        if dataset.corpus.title.split(",")[0] in text:
+        if dataset.corpus.title and dataset.corpus.title.split(",")[0] in text:
             assert dataset.corpus.licence.split(";")[0].split(" ")[0] in text
     for name, benchmark in load_protocol()["benchmarks"].items():
         if name in text:

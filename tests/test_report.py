@@ -39,7 +39,7 @@ def write_dialogues(folder: Path, bleu: float, values: list[float]) -> None:
     rows[0]["predict"] = SCRIPT
     predictions = write_lines(folder / "generated_predictions.jsonl", rows)
     per_record = write_lines(folder / "per_record.jsonl", [dict.fromkeys(metric_names(), value) for value in values])
-    means = {"bleu-4": bleu, "rouge-1": 21.234, "rouge-2": 5.5, "rouge-l": 17.0}
+    means = dict.fromkeys(metric_names(), 1.0) | {"bleu-4": bleu, "rouge-1": 21.234, "rouge-2": 5.5, "rouge-l": 17.0}
     row = {"n": 1444, **means, "ci95": {metric: [mean - 1, mean + 1] for metric, mean in means.items()}}
     row |= {"empty": 3, "empty_thoughts": 0, "cut_labels": 2, "clusters": 1400}
     settings = {"template": "qwen", "predict_with_generate": True, "eval_dataset": "webmedqa_test"}
@@ -165,8 +165,8 @@ def test_a_corpus_of_ones_own_has_a_row(page, tmp_path):
 
 
 def test_table_2(page):
-    assert row_of(page, "MedAsst, paper") == ["", "88.32", "91.11", "89.72"]
-    assert row_of(page, "MedAsst, ours (`medasst`)") == [
+    assert row_of(page, "MedAsst, paper")[:4] == ["", "88.32", "91.11", "89.72"]
+    assert row_of(page, "MedAsst, ours (`medasst`)")[:4] == [
         "1,415", "80.25 (-8.07) [78.25, 82.25]", "30.00 (-61.11) [28.00, 32.00]", "55.12 (-34.59) [53.12, 57.12]",
     ]  # fmt: skip
     assert "Not run: LlaMa-3-8B (`llama3_8b`), Gemma-7B (`gemma_7b`), Mistral-7B (`mistral_7b`), `demo`\n" in page
@@ -175,12 +175,12 @@ def test_table_2(page):
 
 
 def test_table_3(page):
-    assert row_of(page, "Gemma-7B, paper", 1) == ["", "6.01", "22.20", "5.86", "17.56"]
+    assert row_of(page, "Gemma-7B, paper", 1)[:5] == ["", "6.01", "22.20", "5.86", "17.56"]
     assert row_of(page, "MedAsst, ours (`medasst`)", 1)[:2] == ["1,444", "6.50 (-0.20) [5.50, 7.50]"]
     assert row_of(page, "`demo`")[:3] == ["1,444", "3.25 [2.25, 4.25]", "21.23 [20.23, 22.23]"]
     assert "`demo`: 3 empty predictions, 2 references cut by cutoff_len, 1,400 clusters" in page
     assert "`demo`: `sig-3.25`" in page
-    assert row_of(page, "webmedqa_test") == ["2", "3.25", "21.23", "5.50", "17.00"]
+    assert row_of(page, "webmedqa_test")[:5] == ["2", "3.25", "21.23", "5.50", "17.00"]
 
 
 def test_a_metric_is_a_column_without_a_change_here(monkeypatch):
@@ -335,7 +335,7 @@ def test_what_is_stale_is_named_and_no_number(page, tmp_path, capsys, change, re
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stale: medasst, scores: ")]
     assert len(said) == 1 and reason in said[0]
     assert "- Stale, not shown: medasst." in page
-    assert row_of(page, "MedAsst, ours (`medasst`)", 1) == ["", *["stale"] * 4]
+    assert row_of(page, "MedAsst, ours (`medasst`)", 1) == ["", *["stale"] * len(metric_names())]
     assert "6.50 (-0.20)" not in page and "medasst is better" not in page
     assert row_of(page, "`demo`")[1] == "3.25 [2.25, 4.25]"
 

@@ -125,6 +125,8 @@ def choose(names: list[str], raw_dir: Path, exams_dir: Path) -> tuple[list[Wante
         repositories = {"huggingface": corpus.hugging_face, "modelscope": corpus.modelscope}
         places = [raw_dir / corpus.name / file for file in dataset.files]
         known = [corpus.known_files.get(file, {}) for file in dataset.files]
+        if not (corpus.hugging_face or corpus.modelscope or any(file.get("elsewhere") for file in known)):
+            continue  # on no hub, and nobody says where else
         wanted = Wanted(corpus.title, corpus.licence, corpus.homepage, repositories, places, known)
         files.append(({corpus.name, dataset.name}, wanted))
     for name, exam in benchmarks.items():

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from medasst_tools import provenance
+from medasst_tools.data.exam_questions import AVERAGED
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import statistics
-from medasst_tools.evaluation.exam import AVERAGED
 from medasst_tools.evaluation.score import metric_names, read_predictions
 from medasst_tools.files import read_json, read_jsonl, write_json
 

@@ -20,6 +20,7 @@ import orjson
 from medasst_tools import __version__, console, provenance
 from medasst_tools.config import load, nearest
 from medasst_tools.data.exam_questions import (
+    AVERAGED,
     LETTERS,
     Question,
     Subject,
@@ -36,7 +37,6 @@ from medasst_tools.machine import preflight
 
 BATCH_TOKENS = 8192  # padded tokens at once: a few hundred MB for a 7B model
 EXAM_KEYS = ("benchmark", "subject", "id", "answer", "predicted", "probs")
-AVERAGED = ("cmmlu", "ceval")  # the paper's average, whatever else is asked
 VERSIONS = ("llamafactory", "transformers", "torch")
 
 
