@@ -11,7 +11,7 @@ from conftest import ROOT, SAMPLES
 from test_resume import checkpoint_steps, finish, start
 
 from medasst_tools import cli, provenance
-from medasst_tools.data.decontamination import QuestionIndex
+from medasst_tools.data.decontamination import QuestionIndex, read_questions
 from medasst_tools.data.layouts import NotKept, likely_layout, read_value
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import safety
@@ -81,14 +81,19 @@ def test_filters_see_both_answers(tmp_path):
     assert cli.main(["audit", "--data-dir", str(tmp_path / "out")]) == 0
 
 
-def test_the_bundled_pairs_are_of_the_safety_sets_kinds_and_none_of_its_questions():
+def test_the_bundled_pairs_are_of_the_safety_sets_kinds_and_no_test_question(tmp_path):
     rules = load_rules()
     categories = {one.name: one for one in safety.load_categories(safety.PROMPTS, rules, None)}
     rows = list(read_jsonl(PAIRS))
     kinds = Counter(row["kind"] for row in rows)
     assert kinds.keys() == categories.keys() and min(kinds.values()) >= 8 and 60 <= len(rows) <= 120
     assert len({row["question"] for row in rows}) == len(rows)
-    asked = QuestionIndex({"safety": [text for one in categories.values() for text in one.prompts.values()]})
+    sets = {"safety": [text for one in categories.values() for text in one.prompts.values()]}
+    words = ["--raw-dir", str(SAMPLES / "raw"), "--out-dir", str(tmp_path), "--max-rejects", "0.1"]
+    assert cli.main(["convert", *words]) == 0
+    sets |= {path.stem: list(read_questions(path)) for path in tmp_path.glob("*_test.jsonl")}
+    asked = QuestionIndex(sets)
+    assert len(sets) == 5
     assert [row["question"] for row in rows if asked.match(row["question"])] == []
     for row in rows:
         wanted = categories[row["kind"]]
