@@ -257,7 +257,12 @@ def check_model(config: dict[str, Any], where: Path) -> dict[str, Any] | None:
     if folder is None:
         base = Path(str(config.get("model_name_or_path", "")))
         if base.parts[:1] == ("saves",) and not base.is_dir():
-            raise UserError(f"{where}: no {base}; `make train EXPERIMENT={base.name}` makes it")
+            target = (
+                f"train EXPERIMENT={base.name}"
+                if (CONFIGS_DIR / base.name).is_dir()
+                else f"model EXPERIMENT={where.parent.name}"
+            )
+            raise UserError(f"{where}: no {base}; `make {target}` makes it")
         return None
     if not folder.is_dir() and folder.parts[:1] == ("saves",):
         raise UserError(f"{where}: no {folder}; `make train EXPERIMENT={folder.name}` makes it")
