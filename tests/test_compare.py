@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from medasst_tools import cli
+from medasst_tools import cli, provenance
+from medasst_tools.config import load
 from medasst_tools.evaluation.compare import compare_folders, verdict
 from medasst_tools.evaluation.score import metric_names
 
@@ -140,3 +142,20 @@ def test_what_cannot_be_compared(tmp_path, capsys, spoil, message):
     spoil(tmp_path / "b")
     assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_experiment_is_named_by_itself_or_by_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "demo_base"):
+        write_dialogues(tmp_path / "results" / name, [12.0, 14.0, 9.0])
+    for words in (["demo", "demo_base"], ["results/demo", "results/demo_base"]):
+        assert cli.main(["compare", *words]) == 0
+        assert capsys.readouterr().out.startswith("a = results/demo, b = results/demo_base; ")
+    path = tmp_path / "results/demo/scores.json"
+    config = provenance.settings_that_matter(load(ROOT / "factory_configs/demo/predict.yaml", kind="predict"))
+    scores = json.loads(path.read_text()) | {"made_of": {"settings": config | {"max_samples": 3}}}
+    path.write_text(json.dumps(scores), encoding="utf-8")
+    assert cli.main(["compare", "demo", "demo_base"]) == 0
+    assert "a = results/demo (max_samples=3), b = results/demo_base" in capsys.readouterr().out
+    assert cli.main(["compare", "demo", "none"]) == 2
+    assert "no folder results/none; `make eval EXPERIMENT=none` makes it" in capsys.readouterr().err

@@ -26,14 +26,31 @@ SAME_EXAM = ("shots", "orders", "limit", "prompt", "exam_version", "questions_sh
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("a", type=Path, metavar="A", help="results folder of one experiment: results/medasst")
-    parser.add_argument("b", type=Path, metavar="B", help="results folder of the other: results/qwen2_7b")
+    for name, example in (("a", "medasst"), ("b", "qwen2_7b")):
+        parser.add_argument(
+            name, type=results_of, metavar=name.upper(), help=f"{example}, or its folder results/{example}"
+        )
     parser.add_argument("--out", type=Path, help="also write the comparison as JSON")
+
+
+def results_of(word: str) -> Path:
+    """Return the results folder that a word on the command line means: a folder, or an experiment by its name."""
+    return Path(word) if Path(word).is_dir() or "/" in word else Path("results", word)
+
+
+def shown(folder: Path) -> str:
+    """Return a folder as it may stand beside a number: with the settings that aren't its rendered config's."""
+    scores, exam = (read_json(folder / f"{kind}.json") or {} for kind in ("scores", "exam"))
+    run = provenance.read_run(Path("saves", folder.name)) or {}
+    about = {"train": run.get("made_of"), "predict": scores.get("made_of"), "exam": exam.get("made_of")}
+    name = provenance.shown_name(folder.name, provenance.CONFIGS_DIR, **about)
+    return folder.as_posix() + name.removeprefix(folder.name)
 
 
 def run(args: argparse.Namespace) -> None:
     """Compare what both folders have and print it."""
-    comparison = {"a": args.a.as_posix(), "b": args.b.as_posix()} | compare_folders(args.a, args.b)
+    comparison = compare_folders(args.a, args.b)
+    comparison |= {"a": shown(args.a), "b": shown(args.b)}
     if not comparison.keys() & {"dialogues", "exam", "safety"}:
         raise UserError(
             f"{args.a} and {args.b} have no results in common; `make eval EXPERIMENT={args.a.name}` makes them"
