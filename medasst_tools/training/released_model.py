@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from medasst_tools import provenance
+from medasst_tools import console, provenance
 from medasst_tools.errors import UserError
 from medasst_tools.files import locked, open_permissions, sha256_of, write_json
 
@@ -34,14 +34,13 @@ def run(args: argparse.Namespace) -> None:
     with locked(args.out.parent / f".{args.out.name}.lock", f"{args.out} is being made by another process; wait"):
         if provenance.up_to_date(args.out / RECORD, about):
             return
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
+        with console.logged(args.out / "made.log"):
+            import torch
+            from transformers import AutoModelForCausalLM
 
-        disable_progress_bar()
-        load_tokenizer(gguf).save_pretrained(args.out)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        model.save_pretrained(args.out)
+            load_tokenizer(gguf).save_pretrained(args.out)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            model.save_pretrained(args.out)
         open_permissions(args.out)
         made = [args.out / name for name in ("model.safetensors", "config.json", "tokenizer.json")]
         write_json(args.out / RECORD, provenance.record(args.out / RECORD, about, made))
