@@ -257,11 +257,8 @@ def check_model(config: dict[str, Any], where: Path) -> dict[str, Any] | None:
     if folder is None:
         base = Path(str(config.get("model_name_or_path", "")))
         if base.parts[:1] == ("saves",) and not base.is_dir():
-            target = (
-                f"train EXPERIMENT={base.name}"
-                if (CONFIGS_DIR / base.name).is_dir()
-                else f"model EXPERIMENT={where.parent.name}"
-            )
+            here, there = ((CONFIGS_DIR / name).is_dir() for name in (where.parent.name, base.name))
+            target = f"model EXPERIMENT={where.parent.name}" if here and not there else f"train EXPERIMENT={base.name}"
             raise UserError(f"{where}: no {base}; `make {target}` makes it")
         return None
     if not folder.is_dir() and folder.parts[:1] == ("saves",):

@@ -196,7 +196,7 @@ def test_exams_are_looked_at_before_anything_is_trained(another):
     verbs = [words[0] for words in calls]
     assert "--check" in calls[verbs.index("exam")] and verbs.index("exam") < verbs.index("train")
     said = refused(another, "eval", "EXAMS=exams")
-    assert "ceval-exam.zip" in said and "saves/demo: up to date" not in said
+    assert "cmmlu_v1_0_1.zip" in said and "saves/demo: up to date" not in said
     said = run_make(another, "eval", "EXAMS=nowhere").stdout
     assert "no exams in nowhere: not run" in said and "exam.json" not in said
 
