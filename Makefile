@@ -72,7 +72,7 @@ ifeq ($(READY),)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: PYTHON is '$(PYTHON)', must be Python 3.11 or newer; try make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --constraint constraints.txt uv; }
 	@mirror=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(BIN)/pip config get global.index-url 2>/dev/null || true)}}; \
-	if [ ! -x $(BIN)/medasst ]; then echo "Installing into .venv: 5.8 GB, minutes the first time$${mirror:+, from $$mirror}"; \
+	if [ ! -x $(BIN)/medasst ]; then echo "Installing into .venv: 5.8 GB, minutes the first time$${mirror:+, from the mirror that pip or uv is set to}"; \
 	  if [ -t 2 ]; then (while sleep 2; do printf '\r%6s MB ' "$$(du -sm .venv | cut -f1)" >&2; done) & trap "kill $$!" EXIT; fi; fi; \
 	install="$${mirror:+env UV_DEFAULT_INDEX=$$mirror} $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt"; \
 	$$install -r pyproject.toml --extra dev $(patsubst %,--extra %,$(subst $(comma), ,$(EXTRAS))); \

@@ -149,8 +149,8 @@ def _check_settings(where: str, settings: dict[str, Any]) -> None:
             raise UserError(f"{where}.{key} is {setting!r}, must be [value, reason]")
 
 
-def render_experiment(name: str, experiment: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) for each config that the experiment has: no train without finetuning, no export without LoRA."""
+def template_environment(**filters: Any) -> Any:
+    """Return jinja2's environment of templates/: a name that isn't there is an error, and a block's line leaves none."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -160,7 +160,15 @@ def render_experiment(name: str, experiment: dict[str, Any]) -> Iterator[tuple[s
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["settings"] = settings_lines
+    environment.filters |= filters
+    return environment
+
+
+def render_experiment(name: str, experiment: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (kind, text) for each config that the experiment has: no train without finetuning, no export without LoRA."""
+    import jinja2
+
+    environment = template_environment(settings=settings_lines)
     for kind in KINDS[experiment["finetuning"]]:
         try:
             yield kind, environment.get_template(f"{kind}.yaml.j2").render(name=name, **experiment)

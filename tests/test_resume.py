@@ -100,7 +100,7 @@ def test_the_totals_of_a_killed_run_are_the_whole_runs(killed_run):
     assert killed["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
     assert killed["tokens"] == whole["tokens"] > 0 and killed["epochs"] == pytest.approx(whole["epochs"])
     assert len(killed["resumed_from"]) >= 5 and whole["resumed_from"] == []
-    losses = [read_losses(killed_run[run] / "trainer_log.jsonl") for run in ("whole", "killed")]
+    losses = [read_losses(killed_run[run]) for run in ("whole", "killed")]
     assert [step for step, _ in losses[0]] == list(range(3, 91, 3))
     assert dict(losses[0]) == pytest.approx(dict(losses[1]), rel=1e-6)
     modes = {path.stat().st_mode & 0o777 for path in killed_run["killed"].glob("*.safetensors")}

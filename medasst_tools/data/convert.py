@@ -303,7 +303,7 @@ def write_dataset(
 
     counts = Counts()
     with (
-        (folder / f"{dataset.name}.jsonl").open("wb") as out,
+        (folder / f"{dataset.name}.jsonl").open("wb", buffering=1 << 20) as out,
         (folder / "rejected" / f"{dataset.name}.jsonl").open("wb") as bad,
         tqdm(desc=dataset.name, unit="record", unit_scale=True, disable=None, leave=False) as bar,
     ):
@@ -326,7 +326,7 @@ def write_dataset(
 
 def outcomes(dataset: Dataset, raw: Raw) -> Iterator[tuple[dict[str, Any] | None, NotKept | None]]:
     """Yield (record, None) or (None, why not) for all that a raw record gives."""
-    if not raw.data.strip():
+    if not raw.data or raw.data.isspace():
         yield None, NotKept("blank line", by_design=True)
         return
     if isinstance(raw.value, Unreadable):
@@ -367,7 +367,8 @@ def keep(record: dict[str, Any], out: Any, counts: Counts, cleaner: Cleaner, str
     out.write(line)
     counts.kept += 1
     counts.odd_tails += odd_tail
-    counts.masked.update(masked)
+    if masked:
+        counts.masked.update(masked)
     counts.columns = counts.columns or [COLUMNS[key] for key in record if key in COLUMNS]
     return None
 

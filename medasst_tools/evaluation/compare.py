@@ -288,19 +288,19 @@ def print_comparison(comparison: dict[str, Any]) -> None:
             print(f"{metric:8} {_row(row)}  {won}  better: {verdict(row)}")
         print(dialogues["signature"])
     if exam := comparison.get("exam"):
-        for name, row in exam["benchmarks"].items():
-            print(
-                f"{name:8} {_row(row)}  only a right {row['only_a']}, only b right {row['only_b']}  better: {verdict(row)}"
-            )
+        _print_answers(exam["benchmarks"], "right")
         if exam["average"]["difference"] is not None:
             print(f"average  {exam['average']['difference']:+7.2f} {_bounds(exam['average'])}")
         print(exam["signature"])
     if safety := comparison.get("safety"):
-        for name, row in safety["categories"].items():
-            print(
-                f"safety, {name:13} {_row(row)}  only a as wanted {row['only_a']}, only b {row['only_b']}  better: {verdict(row)}"
-            )
+        _print_answers({f"safety, {name}": row for name, row in safety["categories"].items()}, "as wanted")
         print(safety["signature"])
+
+
+def _print_answers(rows: dict[str, dict[str, Any]], good: str) -> None:
+    for name, row in rows.items():
+        only = f"only a {good} {row['only_a']}, only b {good} {row['only_b']}"
+        print(f"{name:8} {_row(row)}  {only}  better: {verdict(row)}")
 
 
 def _row(row: dict[str, Any]) -> str:

@@ -23,10 +23,10 @@ BASE_MODELS = PROJECT_ROOT / "dataset_info" / "base_models.yaml"
 GIB = 1 << 30
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")  # whose layers the formulas describe
 CUDA_OVERHEAD = 0.75 * GIB
-PADDED = 1.55  # padded tokens for a useful one at batch 4 (measured 1.45 to 1.67: docs/models.md); packed 1.0
+PADDED = 1.55  # padded tokens for a useful one at batch 4, an assumption (1.585 on real text: docs/benchmarks.md); packed 1.0
 REACHED = (0.30, 0.55)  # share of the matrix peak, an assumption
 TOKENS_A_RECORD = (
-    177  # of the paper's mix after the cut at 512, system prompt included (docs/models.md), where no data is here
+    177  # useful ones after the cut at 512, an assumption until the data is here and the audit counts them
 )
 BYTES_A_TOKEN = 4.5  # of UTF-8 Chinese text with Qwen2's tokenizer, where the audit hasn't counted
 

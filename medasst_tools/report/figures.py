@@ -4,12 +4,12 @@ Labels are Chinese only where the machine has a font that can show it, so that n
 """
 
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from medasst_tools.evaluation.score import metric_names
+from medasst_tools.training import checkpoints
 
 CHINESE_FONTS = (
     "Noto Sans CJK SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
@@ -29,7 +29,6 @@ def draw_all(results: dict[str, dict[str, Any]], titles: dict[str, str], subject
 
     figures = {
         "figure4": _scores_by_metric(ran("scores"), say),
-        "by_dataset": _scores_by_dataset(ran("scores"), say),
         "by_subject": _exams_by_subject(ran("exam"), subjects, say),
         "calibration": _calibration(ran("exam_rows"), say),
         "training_loss": _training_loss(ran("losses"), say),
@@ -64,9 +63,7 @@ def chinese_font() -> str | None:
 
     manager = font_manager.fontManager
     known = {font.fname for font in manager.ttflist}
-    for (
-        path
-    ) in font_manager.findSystemFonts():  # matplotlib keeps a list, which knows no font that was installed later
+    for path in font_manager.findSystemFonts():  # matplotlib's own list knows no font that was installed later
         if path not in known:
             with contextlib.suppress(RuntimeError, OSError):  # a file that it can't read
                 manager.addfont(path)
@@ -112,33 +109,6 @@ def _scores_by_metric(scores: dict[str, dict[str, Any]], say: Say):
     axes.set_xticks(range(len(metrics)), [metric.upper() for metric in metrics])
     axes.set_ylabel(say("score, percent (lines: 95 % interval)", "得分，百分比（线段：95% 置信区间）"))
     axes.legend(frameon=False)
-    return figure
-
-
-def _scores_by_dataset(scores: dict[str, dict[str, Any]], say: Say):
-    """Return one panel a metric, the test sets side by side."""
-    scores = {name: row["by_dataset"] for name, row in scores.items() if row.get("by_dataset")}
-    if not scores:
-        return None
-    datasets = list(dict.fromkeys(dataset for row in scores.values() for dataset in row))
-    metrics = metric_names()
-    figure, panels = _axes(len(metrics), (12, 0.9 + 0.35 * len(datasets) * (1 + len(scores)) / 2))
-    width = 0.8 / len(scores)
-    for metric, axes in zip(metrics, panels, strict=True):
-        for place, (name, row) in enumerate(scores.items()):
-            there = [dataset for dataset in datasets if dataset in row]
-            axes.barh(
-                [datasets.index(d) + place * width for d in there], [row[d][metric] for d in there], width * 0.92,
-                xerr=_errors([(row[d][metric], row[d]["ci95"][metric]) for d in there]), capsize=2, color=f"C{place}",
-                label=name,
-            )  # fmt: skip
-        axes.set_yticks(
-            [place + 0.4 - width / 2 for place in range(len(datasets))], datasets if axes is panels[0] else []
-        )
-        axes.invert_yaxis()
-        axes.set_title(metric.upper(), fontsize=10)
-    figure.supxlabel(say("score, percent", "得分，百分比"), fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
@@ -206,16 +176,7 @@ def _training_loss(losses: dict[str, list[tuple[int, float]]], say: Say):
     return figure
 
 
-def read_losses(trainer_log: Path) -> list[tuple[int, float]]:
-    """Return (step, loss) of LLaMA-Factory's trainer_log.jsonl; of a resumed run each step's last loss."""
-    if not trainer_log.is_file():
-        return []
-    points = {}
-    for line in trainer_log.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # a run that was killed while it wrote
-            continue
-        if "loss" in record:
-            points[record["current_steps"]] = record["loss"]
-    return sorted(points.items())
+def read_losses(output_dir: Path) -> list[tuple[int, float]]:
+    """Return (step, loss) as LLaMA-Factory logged them in a run's folder; of a resumed run each step's last loss."""
+    rows = checkpoints.read_log(output_dir)
+    return sorted({row["current_steps"]: row["loss"] for row in rows if "loss" in row}.items())

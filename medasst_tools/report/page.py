@@ -18,9 +18,11 @@ from medasst_tools.config import load, read_yaml
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import statistics
 from medasst_tools.evaluation.compare import compare_folders, verdict
+from medasst_tools.evaluation.score import interval
 from medasst_tools.evaluation.text_metrics import PRIMARY
 from medasst_tools.files import PROJECT_ROOT, write_json, write_text
 from medasst_tools.machine import hardware
+from medasst_tools.render import template_environment
 from medasst_tools.report import tables
 from medasst_tools.report.figures import draw_all
 from medasst_tools.report.results import read_experiment
@@ -142,16 +144,9 @@ def paper_power(paper: dict[str, Any]) -> dict[str, Any]:
 
 def render_markdown(paper, results, comparisons, figures: dict[str, str], lang: str) -> str:
     """Return the page as Markdown."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PROJECT_ROOT / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    environment = template_environment(
+        cell=tables.cell, thousands="{:,}".format, brief=provenance.brief, interval=interval
     )
-    environment.filters |= {"cell": tables.cell, "thousands": "{:,}".format, "brief": provenance.brief}
     exam_columns, dialogue_columns = tables.EXAM_COLUMNS, tables.dialogue_columns()
     table_2, not_examined = tables.score_rows(paper, results, "exam", exam_columns, lang)
     table_3, not_scored = tables.score_rows(paper, results, "scores", dialogue_columns, lang)
@@ -182,7 +177,6 @@ def render_markdown(paper, results, comparisons, figures: dict[str, str], lang: 
 
 def render_html(pages: dict[str, str], folder: Path) -> str:
     """Return the Markdown pages as one HTML file with a switch: style and figures inside, nothing fetched, no script."""
-    import jinja2
     from markdown_it import MarkdownIt
 
     def inline(image: re.Match) -> str:
@@ -194,9 +188,8 @@ def render_html(pages: dict[str, str], folder: Path) -> str:
         lang: re.sub(r'src="(figures/[a-z0-9_/]+\.png)"', inline, _folded(reader.render(page)))
         for lang, page in pages.items()
     }
-    template = (PROJECT_ROOT / "templates" / "report.html.j2").read_text(encoding="utf-8")
     title = pages["en"].partition("\n")[0].removeprefix("# ")
-    return jinja2.Template(template, undefined=jinja2.StrictUndefined).render(title=title, bodies=bodies)
+    return template_environment().get_template("report.html.j2").render(title=title, bodies=bodies)
 
 
 FOLD = re.compile(r"^(<p>)?\[fold: (.*?)\](</p>)?$", re.MULTILINE)

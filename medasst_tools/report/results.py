@@ -36,7 +36,7 @@ def read_experiment(name: str, results_dir: Path, saves_dir: Path, configs_dir: 
         if found["exam"] and (results / "exam.jsonl").is_file()
         else [],
         "run": run,
-        "losses": read_losses(saves / "trainer_log.jsonl"),
+        "losses": read_losses(saves),
         "base": (config.get("model_name_or_path"), "adapter_name_or_path" in config),
         "data_dir": data_dir,
         "manifest": (read_json(Path(data_dir) / "manifest.json") or {}).get("datasets") if data_dir else None,

@@ -21,6 +21,7 @@ from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import PROJECT_ROOT, open_permissions, read_json, write_json, write_text
 from medasst_tools.machine import hardware, preflight
+from medasst_tools.render import template_environment
 from medasst_tools.serving.exported_prompts import correct_prompts
 from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH
 from medasst_tools.training.checkpoints import weights_fault
@@ -227,16 +228,7 @@ def data_rows(experiment: str, names: str) -> list[dict[str, Any]]:
 
 def render_card(facts: dict[str, Any]) -> str:
     """Return the model card."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PROJECT_ROOT / "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["thousands"] = "{:,}".format
+    environment = template_environment(thousands="{:,}".format)
     return environment.get_template("model_card.md.j2").render(facts, metadata=metadata(facts))
 
 
