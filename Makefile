@@ -132,7 +132,7 @@ eval: plan data check-exams ## everything, from installation to report (EXPERIME
 
 plan: setup
 	@echo "make eval: data, then training, predictions, exams and scores of $(EXPERIMENTS), then the report."
-	@echo "$(if $(filter demo%,$(EXPERIMENT)),About $(if $(DPO),ten,four) minutes on two cores.,How long: make doctor EXPERIMENT=$(EXPERIMENT).) Logs: saves/*/train.log and results/*/*.log; V=1 shows them as they come."
+	@echo "$(if $(filter demo%,$(EXPERIMENT)),About $(if $(DPO),13,six) minutes on two cores.,How long: make doctor EXPERIMENT=$(EXPERIMENT).) Logs: saves/*/train.log and results/*/*.log; V=1 shows them as they come."
 
 # before the training, not hours later; without exams the report says "not run"
 check-exams: setup

@@ -32,7 +32,8 @@ METHODS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 
 def make_pairs(data_dir: Path, count: int) -> list[tuple[str, str]]:
     """Return (prediction, reference) pairs of real lengths; a few of a prediction's sentences are the reference's."""
-    answers = [json.loads(line)["output"] for path in data_dir.glob("*.jsonl") for line in path.open(encoding="utf-8")]
+    records = (json.loads(line) for path in data_dir.glob("*.jsonl") for line in path.open(encoding="utf-8"))
+    answers = [record["output"] for record in records if "output" in record]  # preference pairs have none
     sentences = sorted({part + "。" for answer in answers for part in answer.split("。") if part})
     characters = "".join(sentences)
     generator = random.Random(42)
