@@ -33,9 +33,8 @@ from conftest import make_environment
 
 from medasst_tools import cli
 from medasst_tools.errors import UserError
-from medasst_tools.serving import chat
+from medasst_tools.serving import address, chat, generation
 from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH, TITLE
-from medasst_tools.serving.stoppable_model import CURRENT
 
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium; .ci/run installs it")
 CHAT_CONFIG = "factory_configs/demo/chat.yaml"
@@ -158,49 +157,61 @@ def test_the_terminal_chat(project, evaluated, reference, monkeypatch, capsys):
     assert places == sorted(places)
 
 
+@pytest.fixture
+def asked_for(monkeypatch):
+    """Return a function that reads the address of an environment."""
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_SHARE", "CHAT_AUTH"):
+        monkeypatch.delenv(name, raising=False)
+
+    def read(environment: dict[str, str]) -> chat.Address:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return chat.read_address()
+
+    return read
+
+
 @pytest.mark.parametrize(
-    ("environment", "address"),
+    ("environment", "host", "auth"),
     [
-        ({}, ("127.0.0.1", None)),
-        ({"GRADIO_SERVER_NAME": ""}, ("127.0.0.1", None)),
-        ({"GRADIO_SERVER_NAME": "localhost"}, ("localhost", None)),
-        ({"GRADIO_SERVER_NAME": "0.0.0.0", "CHAT_AUTH": "shop:pass:word"}, ("0.0.0.0", ("shop", "pass:word"))),
-        ({"CHAT_AUTH": "a:b"}, ("127.0.0.1", ("a", "b"))),
+        ({}, "127.0.0.1", None),
+        ({"GRADIO_SERVER_NAME": ""}, "127.0.0.1", None),
+        ({"GRADIO_SERVER_NAME": "0.0.0.0", "CHAT_AUTH": "shop:pass:word"}, "0.0.0.0", ("shop", "pass:word")),
+        ({"CHAT_AUTH": "a:b"}, "127.0.0.1", ("a", "b")),
     ],
 )
-def test_the_address(environment, address):
-    port = str(free_port())
-    host, auth = address
-    assert chat.read_address(environment | {"GRADIO_SERVER_PORT": port}) == chat.Address(host, int(port), auth)
+def test_the_address(asked_for, environment, host, auth):
+    port = free_port()
+    assert asked_for(environment | {"GRADIO_SERVER_PORT": str(port)}) == chat.Address(host, port, auth)
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"GRADIO_SERVER_NAME": "0.0.0.0"}, "GRADIO_SERVER_NAME is '0.0.0.0': other machines could reach the chat"),
-        ({"GRADIO_SERVER_NAME": "[::]"}, "GRADIO_SERVER_NAME is '[::]': other machines"),
+        ({"GRADIO_SERVER_NAME": "0.0.0.0"}, "GRADIO_SERVER_NAME is '0.0.0.0': other machines could use the model"),
+        ({"GRADIO_SERVER_NAME": "[::]"}, "GRADIO_SERVER_NAME is '::': other machines"),
         ({"GRADIO_SERVER_NAME": "shop.example"}, "GRADIO_SERVER_NAME is 'shop.example': other machines"),
         ({"GRADIO_SERVER_NAME": "0.0.0.0", "CHAT_AUTH": "secret"}, "CHAT_AUTH must be user:password"),
         ({"CHAT_AUTH": ":secret"}, "CHAT_AUTH must be user:password"),
-        ({"GRADIO_SERVER_PORT": "http"}, "GRADIO_SERVER_PORT is 'http', must be a number from 1 to 65535"),
+        ({"GRADIO_SERVER_PORT": "http"}, "GRADIO_SERVER_PORT is 'http', must be a number from 0 to 65535"),
         ({"GRADIO_SERVER_PORT": "70000"}, "GRADIO_SERVER_PORT is '70000'"),
         ({"GRADIO_SHARE": "True"}, "GRADIO_SHARE would publish the chat"),
     ],
 )
-def test_a_wrong_address_is_one_line(environment, message):
+def test_a_wrong_address_is_one_line(asked_for, environment, message):
     with pytest.raises(UserError) as error:
-        chat.read_address(environment)
+        asked_for(environment)
     assert message in str(error.value) and "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])
 def test_loopback(host):
-    assert chat.is_loopback(host)
+    assert address.is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", ""])
 def test_not_loopback(host):
-    assert not chat.is_loopback(host)
+    assert not address.is_loopback(host)
 
 
 def test_a_password_is_asked_for(script):
@@ -236,20 +247,25 @@ def test_mistakes_are_named(project, evaluated, monkeypatch, capsys, words, mess
 
 # ---- the page, over a model that says what its script says ----------------------------------------------------------
 class ScriptedModel:
-    """As much of LLaMA-Factory's ChatModel as the page needs; an answer echoes the question, slowly, and a long one goes on."""
+    """An engine whose answers echo the question, slowly, and a long one goes on; `closed`: numbers of those that were stopped."""
 
     def __init__(self, do_sample: bool) -> None:
         values = {"max_new_tokens": 77, "do_sample": do_sample, "temperature": 0.3, "top_p": 0.8}
-        self.engine = types.SimpleNamespace(generating_args=values, model=None)
-        self.asked, self.generations = [], []
+        self.engine = types.SimpleNamespace(generating_args=values)
+        self.asked, self.closed = [], []
 
-    async def astream_chat(self, messages, **settings):
-        self.asked.append((messages, settings))
-        self.generations.append(CURRENT.get())
-        asked = messages[-1]["content"]
-        for word in [f"{len(self.asked)}：", *(40 * [asked] if asked == "很长" else asked.splitlines(keepends=True))]:
-            await asyncio.sleep(0.2)
-            yield word
+    def generation(self, engine, turns, **settings):
+        self.asked.append((turns, settings))
+        return types.SimpleNamespace(pieces=lambda: self.pieces(turns[-1]["content"], len(self.asked)))
+
+    async def pieces(self, asked: str, number: int):
+        try:
+            for word in [f"{number}：", *(40 * [asked] if asked == "很长" else asked.splitlines(keepends=True))]:
+                await asyncio.sleep(0.2)
+                yield word
+        except (GeneratorExit, asyncio.CancelledError):
+            self.closed.append(number)
+            raise
 
 
 @pytest.fixture
@@ -265,6 +281,7 @@ def script(monkeypatch, tmp_path):
         address = chat.Address("127.0.0.1", free_port(), auth)
         serve.model = ScriptedModel(do_sample)
         monkeypatch.setattr(llamafactory.chat, "ChatModel", lambda config: serve.model)
+        monkeypatch.setattr(generation, "Generation", serve.model.generation)
         threading.Thread(target=chat.serve_page, args=(address, {}, about), daemon=True).start()
         for _ in range(240):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", address.port), timeout=1):
@@ -345,7 +362,7 @@ def test_sending_stopping_and_trying_again(script):
         stopped = page.locator(ANSWERS).last.inner_text()
         page.wait_for_timeout(1000)
         assert page.locator(ANSWERS).last.inner_text() == stopped and len(stopped) < 60
-        assert script.model.generations[3].failure is not None  # the model stops too
+        assert script.model.closed == [4]  # the model stops too
         assert page.locator(BOX).get_attribute("placeholder") == chat.PLACEHOLDER
 
 

@@ -7,11 +7,10 @@ CHAT_AUTH sets a password, and it asks no other host for anything. `--expert` sh
 """
 
 import argparse
+import contextlib
 import html
-import ipaddress
 import os
 import re
-import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from medasst_tools import console, provenance
 from medasst_tools.config import load
 from medasst_tools.errors import UserError
 from medasst_tools.machine import preflight
+from medasst_tools.serving.address import listen
 from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH, TITLE
 
 EXAMPLES = [
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Chat until interrupted."""
     config = load(args.chat_config, args.overrides, "chat")
-    address = None if args.terminal else read_address(os.environ)
+    address = None if args.terminal else read_address()
     trained = provenance.check_model(config, args.chat_config)
     preflight.require(config, args)
     if address is None:
@@ -105,54 +105,19 @@ def run(args: argparse.Namespace) -> None:
         serve_page(address, config, provenance.describe(config, trained) if args.expert else None)
 
 
-def read_address(environment: os._Environ | dict[str, str]) -> Address:
+def read_address() -> Address:
     """Return the address that the environment asks for; UserError if it is open to others, taken or nonsense."""
-    host = environment.get("GRADIO_SERVER_NAME") or "127.0.0.1"
-    port_text = environment.get("GRADIO_SERVER_PORT") or "7860"
-    if not (port_text.isascii() and port_text.isdigit() and 0 < int(port_text) < 65536):
-        raise UserError(f"GRADIO_SERVER_PORT is {port_text!r}, must be a number from 1 to 65535")
-    if environment.get("GRADIO_SHARE", "").lower() in ("1", "true", "y"):
+    if os.environ.get("GRADIO_SHARE", "").lower() in ("1", "true", "y"):
         raise UserError("GRADIO_SHARE would publish the chat through a tunnel; unset it, and see CHAT_AUTH in --help")
-    auth = read_auth(environment.get("CHAT_AUTH"))
-    if auth is None and not is_loopback(host):
-        raise UserError(
-            f"GRADIO_SERVER_NAME is {host!r}: other machines could reach the chat; set CHAT_AUTH=user:password, or leave it at 127.0.0.1"
-        )
-    check_port(host, int(port_text))
-    return Address(host, int(port_text), auth)
-
-
-def read_auth(text: str | None) -> tuple[str, str] | None:
-    """Return (user, password) of "user:password", None without it; the error doesn't repeat the password."""
-    if not text:
-        return None
-    user, _, password = text.partition(":")
-    if not (user and password):
-        raise UserError("CHAT_AUTH must be user:password, neither of them empty")
-    return user, password
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether only this machine can reach the host."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def check_port(host: str, port: int) -> None:
-    """Say at once what gradio would say only after the model is loaded."""
-    try:
-        family, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise UserError(
-            f"cannot serve on {host}:{port} ({error.strerror}); set GRADIO_SERVER_PORT to a free port"
-        ) from None
+    auth = None
+    if text := os.environ.get("CHAT_AUTH"):
+        user, _, password = text.partition(":")
+        if not (user and password):
+            raise UserError("CHAT_AUTH must be user:password, neither of them empty")
+        auth = user, password
+    # gradio would say that it can't serve there only after the model is loaded
+    with listen("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", 7860, "CHAT_AUTH") as listener:
+        return Address(*listener.getsockname()[:2], auth)
 
 
 def chat_in_terminal() -> None:
@@ -174,13 +139,9 @@ def serve_page(address: Address, config: dict[str, Any], about: str | None) -> N
         from llamafactory.chat import ChatModel
         from llamafactory.extras.misc import fix_proxy
 
-        from medasst_tools.serving.stoppable_model import StoppableModel
-
         fix_proxy()  # gradio asks its own page whether it is up, and must not ask through a proxy
         ask_no_other_host()
-        model = ChatModel(config)
-        model.engine.model = StoppableModel(model.engine.model)
-        page = build_page(model, about)
+        page = build_page(ChatModel(config).engine, about)
         page.queue().launch(
             server_name=address.host,
             server_port=address.port,
@@ -206,25 +167,21 @@ def ask_no_other_host() -> None:
     templates.env.loader = jinja2.ChoiceLoader([jinja2.DictLoader({name: without}), templates.env.loader])
 
 
-def build_page(model: Any, about: str | None = None) -> Any:
-    """Return the page as gradio Blocks over a LLaMA-Factory ChatModel; `about` is shown with the settings, to experts."""
+def build_page(engine: Any, about: str | None = None) -> Any:
+    """Return the page as gradio Blocks over a LLaMA-Factory chat engine; `about` is shown with the settings, to experts."""
     import gradio as gr
 
-    from medasst_tools.serving.api_requests import Refused
-    from medasst_tools.serving.stoppable_model import CURRENT, Generation
+    from medasst_tools.serving.generation import Generation
 
     async def answer(message: str, history: list[dict[str, Any]], *settings: float) -> AsyncIterator[str]:
         """Stream the answer to a message, each time as far as it has come; whoever presses stop ends the generation too."""
         turns = [_turn(turn) for turn in [*history, {"role": "user", "content": message}]]
         given = dict(zip(("max_new_tokens", "temperature", "top_p"), settings, strict=False))
-        generation, text = Generation(), ""
-        CURRENT.set(generation)
-        try:
-            async for word in model.astream_chat(turns, **given):
-                text += word
+        text = ""
+        async with contextlib.aclosing(Generation(engine, turns, **given).pieces()) as pieces:
+            async for piece in pieces:
+                text += piece
                 yield text
-        finally:
-            generation.stop(Refused(499, "stopped"))
 
     theme = gr.themes.Soft(font=FONTS, font_mono=["monospace"])
     options = {"css": CSS, "theme": theme, "head": SCRIPT}
@@ -248,7 +205,7 @@ def build_page(model: Any, about: str | None = None) -> Any:
             ),
             examples=[[example] for example in EXAMPLES],
             cache_examples=False,
-            additional_inputs=_sliders(model) if about else None,
+            additional_inputs=_sliders(engine) if about else None,
             fill_height=True,
             analytics_enabled=False,
         )
@@ -279,10 +236,10 @@ def harmless(text: str) -> str:
     return re.sub(r"([<\[])(?=[|｜/A-Za-z_])", "\\1\u200b", text)
 
 
-def _sliders(model: Any) -> list[Any]:
+def _sliders(engine: Any) -> list[Any]:
     import gradio as gr
 
-    values = model.engine.generating_args
+    values = engine.generating_args
     sliders = [gr.Slider(8, 2048, value=values["max_new_tokens"], step=1, label="max_new_tokens")]
     if values["do_sample"]:  # greedy: nothing to set
         sliders += [gr.Slider(0.01, 1.5, value=values["temperature"], label="temperature")]
