@@ -307,6 +307,29 @@ def test_transformers_4_reads_the_export_and_answers_the_same(release, transform
     assert len(set(said["answers"])) == len(QUESTIONS)
 
 
+def test_adapters_one_above_the_other_are_all_merged(release, tmp_path, monkeypatch):
+    """As for preference training: the first adapter is the fine-tuning, the second was trained above it."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    below = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(release / "base"), release / "adapter")
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    both = get_peft_model(below.merge_and_unload(), lora)
+    both.save_pretrained(tmp_path / "above")
+    for part in ("base", "adapter"):
+        shutil.copytree(release / part, tmp_path / part)
+    config = yaml.safe_load((release / "export.yaml").read_text(encoding="utf-8"))
+    config["adapter_name_or_path"] = "adapter,above"
+    (tmp_path / "export.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", "export.yaml"]) == 0
+    expected, once = both.merge_and_unload().state_dict(), load_file(release / "merged/model.safetensors")
+    merged = load_file("merged/model.safetensors")
+    assert all((tensor - expected[name]).abs().max() < 1e-5 for name, tensor in merged.items())
+    assert max((tensor - once[name]).abs().max() for name, tensor in merged.items()) > 1e-2
+
+
 @pytest.mark.parametrize("place", ["base", "adapter"])
 def test_what_holds_nan_is_not_exported(release, tmp_path, monkeypatch, capsys, place):
     from safetensors.torch import load_file, save_file
