@@ -30,8 +30,9 @@ from medasst_tools.data.exam_questions import (
     questions_sha256,
 )
 from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.evaluation import contamination
 from medasst_tools.evaluation.statistics import average_interval, brier, expected_calibration_error, rate, wilson
-from medasst_tools.files import atomic_writer, locked, write_json
+from medasst_tools.files import atomic_writer, locked, sha256_of, write_json
 from medasst_tools.inference.answers import AnswerStore
 from medasst_tools.machine import preflight
 
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shots", type=int, choices=(0, 5), default=0, help="examples before each question (0)")
     parser.add_argument("--orders", type=int, choices=(1, 4), default=1, help="cyclic orders of the options (1)")
     parser.add_argument("--prompt", help="one of the prompts of exams.yaml (its first)")
+    parser.add_argument("--labels", type=Path, help="JSON lines of benchmark, subject, id, label: scores by label")
     parser.add_argument("--limit", type=int, help="only the first N questions of each subject")
     parser.add_argument("--check", action="store_true", help="only look whether the questions can be read")
     preflight.add_arguments(parser)
@@ -88,7 +90,10 @@ def run(args: argparse.Namespace) -> None:
         "exam_version": protocol["version"],
         "questions_sha256": questions_sha256(subjects),
     }
-    about = made_of(config, facts)
+    by_label = {"labels": contamination.read_labels(args.labels, subjects)} if args.labels else {}
+    audit = contamination.audit_file(args.chat_config)
+    sources = {"labels": args.labels, "audit": audit if audit and audit.is_file() else None}
+    about = made_of(config, facts, {name: sha256_of(path) for name, path in sources.items() if path})
     if provenance.up_to_date(args.out / "exam.json", about):
         return
     print(provenance.describe(config, trained))
@@ -101,14 +106,22 @@ def run(args: argparse.Namespace) -> None:
         rows = answer_all(
             args, config, subjects, wording, {"model": about["model"], "settings": provenance.exam_settings(config)}
         )
-        write_results(args.out, rows, subjects, facts, about, config)
+        splits: dict[str, Any] = {}
+        try:
+            by_label["training"] = contamination.of_training(config, audit, subjects)
+        except UserError as error:
+            splits["unknown"] = str(error)
+        first = [row for row in rows if row["order"] == 0]
+        splits |= {name: contamination.split(first, labels) for name, labels in by_label.items()}
+        write_results(args.out, rows, subjects, facts | {"contamination": splits}, about, config)
 
 
-def made_of(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def made_of(config: dict[str, Any], facts: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
     """Return what the exam's result depends on: the model, how it is asked, the questions."""
     settings = provenance.exam_settings(config) | {key: value for key, value in facts.items() if value is not None}
-    files = {"questions": settings.pop("questions_sha256")}
-    code = {"medasst exam": provenance.code_sha256("evaluation/exam.py", "evaluation/statistics.py")}
+    files = {"questions": settings.pop("questions_sha256")} | labels
+    modules = (f"evaluation/{name}.py" for name in ("exam", "statistics", "contamination"))
+    code = {"medasst exam": provenance.code_sha256(*modules)}
     return provenance.made_of(settings, files, provenance.model_identity(config), code)
 
 
@@ -400,6 +413,14 @@ def print_summary(path: Path, report: dict[str, Any], name: str) -> None:
         print(
             f"by order of the options {accuracy}; right in all {orders['all_orders']['percent']:.2f}; debiased {orders['debiased']['percent']:.2f}"
         )
+    for source, split in report["contamination"].items():
+        if source == "unknown":
+            print(f"exam questions in training: not known: {split}")
+            continue
+        for benchmark, label, row in ((name, *one) for name, rows in split.items() for one in rows.items()):
+            low, high = row.get("difference_ci95", (0, 0))
+            more = f", {row['difference']:+.2f} [{low:+.2f}, {high:+.2f}]" if "difference" in row else ""
+            print(f"{benchmark:8} by {source}, {label}: {row['percent']:6.2f}, n {row['n']}{more}")
     if not report["as_released"]:
         print(f"not the released 1,415 questions but {report['n']}: not to be compared with the paper's scores")
     if report["dropped_examples"]:
