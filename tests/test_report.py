@@ -62,11 +62,17 @@ def write_exam(folder: Path, cmmlu: float, right: str) -> None:
         "n": 1415, "n_by_benchmark": {"cmmlu": 1325, "ceval": 90}, "by_subject": {"cmmlu/anatomy": subject},
         "ci95": {name: [mean - 2, mean + 2] for name, mean in means.items()}, "ece": 12.345, "brier": 0.2, "ties": 0,
         "shots": 0, "orders": 1, "prompt": "llamafactory-zh", "limit": None, "exam_version": 1, "as_released": True,
-        "questions_sha256": "ab" * 32, "signature": "exam-sig",
+        "questions_sha256": "ab" * 32, "signature": "exam-sig", "contamination": split_of_exam(),
         "made_of": {"settings": {"template": "qwen"}, "files": {}, "model": {"base": "Qwen/Qwen2-7B"}},
         "outputs": {"exam.jsonl": write_lines(folder / "exam.jsonl", rows)},
     }  # fmt: skip
     write(folder / "exam.json", means | facts)
+
+
+def split_of_exam() -> dict:
+    rate = {"n": 1300, "count": 650, "percent": 50.25, "ci95": [47.0, 53.0]}
+    copies = rate | {"n": 25, "difference": 12.5, "difference_ci95": [-3.25, 28.75]}
+    return {"training": {"cmmlu": {"clean": rate, "exact": copies}}, "labels": {"cmmlu": {"clean": rate}}}
 
 
 def safety() -> dict:
@@ -353,6 +359,15 @@ def test_other_settings_than_the_configs_stand_in_the_name(page, tmp_path):
 def test_without_git_the_commit_is_unknown(page, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert "at commit unknown" in report()
+
+
+def test_exams_are_split_by_what_training_has(page, tmp_path):
+    said = "exam questions in training: CMMLU clean 50.25 (n 1,300), exact 50.25 (n 25; +12.50 [-3.25, +28.75])"
+    assert f"- `medasst`, {said}\n" in page
+    path = tmp_path / "results/medasst/exam.json"
+    exam = json.loads(path.read_text(encoding="utf-8")) | {"contamination": {"unknown": "no audit"}}
+    write(path, exam)
+    assert "- `medasst`, exam questions in training: not known: no audit\n" in report()
 
 
 # ---- figures, HTML, Chinese -----------------------------------------------------------------------------------------
