@@ -63,6 +63,7 @@ def write_exam(folder: Path, cmmlu: float, right: str) -> None:
         "ci95": {name: [mean - 2, mean + 2] for name, mean in means.items()}, "ece": 12.345, "brier": 0.2, "ties": 0,
         "shots": 0, "orders": 1, "prompt": "llamafactory-zh", "limit": None, "exam_version": 1, "as_released": True,
         "questions_sha256": "ab" * 32, "signature": "exam-sig", "contamination": split_of_exam(),
+        "by_prompt": {"a": means, "b": means | {"cmmlu": cmmlu - 1.5}},
         "made_of": {"settings": {"template": "qwen"}, "files": {}, "model": {"base": "Qwen/Qwen2-7B"}},
         "outputs": {"exam.jsonl": write_lines(folder / "exam.jsonl", rows)},
     }  # fmt: skip
@@ -359,6 +360,12 @@ def test_other_settings_than_the_configs_stand_in_the_name(page, tmp_path):
 def test_without_git_the_commit_is_unknown(page, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert "at commit unknown" in report()
+
+
+def test_the_spread_over_prompts_stands_beside_the_papers_differences(page):
+    assert (
+        "- `medasst`: over 2 prompts CMMLU 78.75 to 80.25 (the paper's difference 1.28), CEVAL 30.00 to 30.00" in page
+    )
 
 
 def test_exams_are_split_by_what_training_has(page, tmp_path):

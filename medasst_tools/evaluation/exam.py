@@ -102,10 +102,8 @@ def run(args: argparse.Namespace) -> None:
         args.out.parent / f".{args.out.name}.exam.lock",
         f"{args.out} is being examined by another process; wait for it",
     ):
-        wording = protocol["prompts"][name]
-        rows = answer_all(
-            args, config, subjects, wording, {"model": about["model"], "settings": provenance.exam_settings(config)}
-        )
+        asked = {"model": about["model"], "settings": provenance.exam_settings(config)}
+        rows = answer_all(args, config, subjects, protocol["prompts"][name], asked)
         splits: dict[str, Any] = {}
         try:
             by_label["training"] = contamination.of_training(config, audit, subjects)
@@ -113,7 +111,8 @@ def run(args: argparse.Namespace) -> None:
             splits["unknown"] = str(error)
         first = [row for row in rows if row["order"] == 0]
         splits |= {name: contamination.split(first, labels) for name, labels in by_label.items()}
-        write_results(args.out, rows, subjects, facts | {"contamination": splits}, about, config)
+        facts |= {"contamination": splits, "by_prompt": by_prompt(args, subjects, protocol["prompts"], asked)}
+        write_results(args.out, rows, subjects, facts, about, config)
 
 
 def made_of(config: dict[str, Any], facts: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
@@ -135,12 +134,7 @@ def answer_all(
 ) -> list[dict[str, Any]]:
     """Return the row of every question in every order, in the exams' order; each is kept as it is answered."""
     store = AnswerStore(args.out / "answers" / "exam.jsonl")
-    keys = {
-        (question, order): AnswerStore.key(asked, wording, question, order, [*subject.examples[: args.shots]])
-        for subject in subjects
-        for question in subject.questions[: args.limit]
-        for order in range(args.orders)
-    }
+    keys = _keys(args, subjects, wording, asked, args.orders)
     missing = {one for one, key in keys.items() if key not in store}
     if missing:
         preflight.require(config, args)
@@ -153,6 +147,31 @@ def answer_all(
                     store.keep(key, {"probs": probabilities, "dropped": prompt.dropped})
                     bar.update()
     return [_row(question, order, **store[key]) for (question, order), key in keys.items()]
+
+
+def _keys(
+    args: argparse.Namespace, subjects: list[Subject], wording: dict[str, str], asked: dict[str, Any], orders: int
+) -> dict[tuple[Question, int], str]:
+    """Return {(question, order): the key of its answer} in the exams' order."""
+    return {
+        (question, order): AnswerStore.key(asked, wording, question, order, [*subject.examples[: args.shots]])
+        for subject in subjects
+        for question in subject.questions[: args.limit]
+        for order in range(orders)
+    }
+
+
+def by_prompt(
+    args: argparse.Namespace, subjects: list[Subject], prompts: dict[str, dict[str, str]], asked: dict[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Return the scores, in percent, under each prompt in which this model has answered every question, now or before."""
+    store, scores = AnswerStore(args.out / "answers" / "exam.jsonl"), {}
+    for name, wording in prompts.items():
+        keys = _keys(args, subjects, wording, asked, orders=1)
+        if all(key in store for key in keys.values()):
+            report = summarise([_row(question, 0, **store[key]) for (question, _), key in keys.items()], subjects)
+            scores[name] = {score: report[score] for score in (*report["n_by_benchmark"], "average")}
+    return scores
 
 
 def _answers(
