@@ -43,6 +43,10 @@ def write_dialogues(folder: Path, bleu: float, values: list[float]) -> None:
     means = dict.fromkeys(metric_names(), 1.0) | {"bleu-4": bleu, "rouge-1": 21.234, "rouge-2": 5.5, "rouge-l": 17.0}
     row = {"n": 1444, **means, "ci95": {metric: [mean - 1, mean + 1] for metric, mean in means.items()}}
     row |= {"empty": 3, "empty_thoughts": 0, "cut_labels": 2, "clusters": 1400}
+    row |= {
+        "descriptions": {"all": {"length-ratio": 1.25, "repeated-4-grams": 3.5, "new-numbers": 0.75, "chrf": None}}
+    }
+    row |= {"descriptions_signature": "chrf-sig"}
     settings = {"template": "qwen", "predict_with_generate": True, "eval_dataset": "webmedqa_test"}
     about = {"made_of": {"settings": settings, "files": {}, "model": {"base": "Qwen/Qwen2-7B"}}}
     about |= {"predictions": predictions, "outputs": {"per_record.jsonl": per_record}}
@@ -378,6 +382,10 @@ def test_what_bleu_and_rouge_would_need(page):
     errors = np.array([float(said[1]), float(said[2])]) / 8975**0.5
     means = np.random.default_rng(0).normal([0.67, 2.0], errors, (20_000, 2))
     assert (np.abs(means / errors) > 1.96).mean(axis=0) == pytest.approx([0.8, 0.8], abs=0.012)
+
+
+def test_answers_are_described(page):
+    assert row_of(page, "all test sets") == ["1.25", "3.50", "0.75", ""] and "`chrf-sig`" in page
 
 
 def test_exams_are_split_by_what_training_has(page, tmp_path):
