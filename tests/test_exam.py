@@ -223,10 +223,16 @@ def test_four_orders_of_the_real_model(chat_config, tmp_path, monkeypatch):
 
 def test_prompts(chat_config, tmp_path, capsys):
     assert len(PROTOCOL["prompts"]) >= 3
+    alone = {}
     for name in PROTOCOL["prompts"]:
         assert run_exam(chat_config, tmp_path, "--limit", "1", "--prompt", name) == 0
         report = json.loads((tmp_path / "exam.json").read_text(encoding="utf-8"))
         assert report["prompt"] == name and f"|prompt:{name}|" in report["signature"]
+        alone[name] = {score: report[score] for score in ("cmmlu", "ceval", "average")}
+        assert report["by_prompt"] == alone  # those that were asked so far
+    assert run_exam(chat_config, tmp_path, "--limit", "2") == 0  # of the others only some questions are answered
+    report = json.loads((tmp_path / "exam.json").read_text(encoding="utf-8"))
+    assert list(report["by_prompt"]) == [next(iter(PROTOCOL["prompts"]))]
     assert run_exam(chat_config, tmp_path, "--prompt", "plain-hz") == 2
     assert "did you mean 'plain-zh'?" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -42,6 +43,10 @@ def write_dialogues(folder: Path, bleu: float, values: list[float]) -> None:
     means = dict.fromkeys(metric_names(), 1.0) | {"bleu-4": bleu, "rouge-1": 21.234, "rouge-2": 5.5, "rouge-l": 17.0}
     row = {"n": 1444, **means, "ci95": {metric: [mean - 1, mean + 1] for metric, mean in means.items()}}
     row |= {"empty": 3, "empty_thoughts": 0, "cut_labels": 2, "clusters": 1400}
+    row |= {
+        "descriptions": {"all": {"length-ratio": 1.25, "repeated-4-grams": 3.5, "new-numbers": 0.75, "chrf": None}}
+    }
+    row |= {"descriptions_signature": "chrf-sig"}
     settings = {"template": "qwen", "predict_with_generate": True, "eval_dataset": "webmedqa_test"}
     about = {"made_of": {"settings": settings, "files": {}, "model": {"base": "Qwen/Qwen2-7B"}}}
     about |= {"predictions": predictions, "outputs": {"per_record.jsonl": per_record}}
@@ -62,11 +67,18 @@ def write_exam(folder: Path, cmmlu: float, right: str) -> None:
         "n": 1415, "n_by_benchmark": {"cmmlu": 1325, "ceval": 90}, "by_subject": {"cmmlu/anatomy": subject},
         "ci95": {name: [mean - 2, mean + 2] for name, mean in means.items()}, "ece": 12.345, "brier": 0.2, "ties": 0,
         "shots": 0, "orders": 1, "prompt": "llamafactory-zh", "limit": None, "exam_version": 1, "as_released": True,
-        "questions_sha256": "ab" * 32, "signature": "exam-sig",
+        "questions_sha256": "ab" * 32, "signature": "exam-sig", "contamination": split_of_exam(),
+        "by_prompt": {"a": means, "b": means | {"cmmlu": cmmlu - 1.5}},
         "made_of": {"settings": {"template": "qwen"}, "files": {}, "model": {"base": "Qwen/Qwen2-7B"}},
         "outputs": {"exam.jsonl": write_lines(folder / "exam.jsonl", rows)},
     }  # fmt: skip
     write(folder / "exam.json", means | facts)
+
+
+def split_of_exam() -> dict:
+    rate = {"n": 1300, "count": 650, "percent": 50.25, "ci95": [47.0, 53.0]}
+    copies = rate | {"n": 25, "difference": 12.5, "difference_ci95": [-3.25, 28.75]}
+    return {"training": {"cmmlu": {"clean": rate, "exact": copies}}, "labels": {"cmmlu": {"clean": rate}}}
 
 
 def safety() -> dict:
@@ -353,6 +365,36 @@ def test_other_settings_than_the_configs_stand_in_the_name(page, tmp_path):
 def test_without_git_the_commit_is_unknown(page, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert "at commit unknown" in report()
+
+
+def test_the_spread_over_prompts_stands_beside_the_papers_differences(page):
+    assert (
+        "- `medasst`: over 2 prompts CMMLU 78.75 to 80.25 (the paper's difference 1.28), CEVAL 30.00 to 30.00" in page
+    )
+
+
+def test_what_bleu_and_rouge_would_need(page):
+    """A simulated world with just that spread finds the paper's difference four times in five."""
+    said = re.search(
+        r"standard deviation, in points: BLEU-4 ([\d.]+) \(\+0\.67\), .*ROUGE-L ([\d.]+) \(\+2\.00\)", page
+    )
+    assert said
+    errors = np.array([float(said[1]), float(said[2])]) / 8975**0.5
+    means = np.random.default_rng(0).normal([0.67, 2.0], errors, (20_000, 2))
+    assert (np.abs(means / errors) > 1.96).mean(axis=0) == pytest.approx([0.8, 0.8], abs=0.012)
+
+
+def test_answers_are_described(page):
+    assert row_of(page, "all test sets") == ["1.25", "3.50", "0.75", ""] and "`chrf-sig`" in page
+
+
+def test_exams_are_split_by_what_training_has(page, tmp_path):
+    said = "exam questions in training: CMMLU clean 50.25 (n 1,300), exact 50.25 (n 25; +12.50 [-3.25, +28.75])"
+    assert f"- `medasst`, {said}\n" in page
+    path = tmp_path / "results/medasst/exam.json"
+    exam = json.loads(path.read_text(encoding="utf-8")) | {"contamination": {"unknown": "no audit"}}
+    write(path, exam)
+    assert "- `medasst`, exam questions in training: not known: no audit\n" in report()
 
 
 # ---- figures, HTML, Chinese -----------------------------------------------------------------------------------------

@@ -61,6 +61,9 @@ def test_scores_intervals_and_datasets(tmp_path, predict_config):
         assert low - 1e-3 <= scores[metric] <= high + 1e-3
     assert {name: entry["n"] for name, entry in scores["by_dataset"].items()} == {"a_test": 2, "b_test": 1}
     assert scores["by_dataset"]["b_test"]["rouge-1"] == pytest.approx(rows[2]["rouge-1"])
+    described = scores["descriptions"]
+    assert set(described) == {"all", "a_test", "b_test"} and described["b_test"]["length-ratio"] == 0.5
+    assert scores["descriptions_signature"].startswith("chrf:nrefs:1|case:mixed|") and described["all"]["chrf"] > 0
     assert "n:3|" in scores["signature"] and "llamafactory-0.9.5" in scores["signature"]
 
 

@@ -19,6 +19,22 @@ def test_wilson_intervals_are_scipys(correct, n):
     assert (share["n"], share["count"], share["percent"]) == (n, correct, pytest.approx(100 * correct / n))
 
 
+@pytest.mark.parametrize("counts", [(3, 7, 40, 90), (0, 5, 12, 30), (17, 17, 0, 9), (60, 90, 1000, 1325)])
+def test_shares_are_statsmodels(counts):
+    from statsmodels.stats import contingency_tables, multitest, proportion
+
+    a, n_a, b, n_b = counts
+    theirs = proportion.confint_proportions_2indep(a, n_a, b, n_b, compare="diff", method="newcomb")
+    assert statistics.newcombe(a, n_a, b, n_b) == pytest.approx([100 * bound for bound in theirs], abs=1e-9)
+    theirs = proportion.proportion_confint(a, n_a, method="wilson")
+    assert statistics.wilson(a, n_a) == pytest.approx([100 * bound for bound in theirs], abs=1e-9)
+    theirs = contingency_tables.mcnemar([[n_a, a], [b, n_b]], exact=True).pvalue
+    assert statistics.mcnemar(a, b) == pytest.approx(theirs, abs=1e-9)
+    p_values = np.random.default_rng(counts).uniform(0, 0.2, 6)
+    ours = statistics.holm(dict(enumerate(p_values)))
+    assert list(ours.values()) == pytest.approx(list(multitest.multipletests(p_values, method="holm")[1]), abs=1e-9)
+
+
 def test_nothing_has_no_interval():
     assert statistics.wilson(0, 0) is None
     assert statistics.ci95(np.ones((1, 2))) == [None, None]

@@ -119,3 +119,26 @@ def test_equal_on_real_pairs(real_data):
     pairs = list(zip(shuffled, answers, strict=True))[:1500]
     assert len(pairs) >= 1000
     assert ours(pairs) == reference(pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "predict", "label", "expected"),
+    [
+        ("length-ratio", "", "四个字呢", "两字", 2.0),
+        ("length-ratio", "", "四个字呢", "", None),
+        ("repeated-4-grams", "", "多喝水", "", None),
+        ("repeated-4-grams", "", "abcdefgh", "", 0.0),
+        ("repeated-4-grams", "", "哈哈哈哈哈哈", "", 100 * 2 / 3),
+        ("new-numbers", "发烧38.5度", "38.5度不高，布洛芬10mg，每日三次", "每日三次", 1),
+        ("new-numbers", "３天", "3天，两片，两片", "", 1),
+        ("new-numbers", "", "一般不用担心，十分安全", "", 0),
+        ("chrf", "", "请及时就医", "请及时就医", 100.0),
+        ("chrf", "", "", "请及时就医", 0.0),
+    ],
+)
+def test_descriptions(name, prompt, predict, label, expected):
+    from medasst_tools.evaluation.text_metrics import DESCRIPTIONS, Answer
+
+    assert DESCRIPTIONS[name](Answer(prompt, predict, label)) == (
+        None if expected is None else pytest.approx(expected)
+    )

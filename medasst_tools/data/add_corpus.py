@@ -14,7 +14,7 @@ import yaml
 
 from medasst_tools.config import nearest, read_yaml
 from medasst_tools.data.convert import outcomes
-from medasst_tools.data.layouts import LAYOUTS, likely_layout
+from medasst_tools.data.layouts import LAYOUTS, NotKept, likely_layout
 from medasst_tools.data.raw_files import CHINESE, UTF8, NotOneJson, Unreadable, is_chinese_encoding, read_records
 from medasst_tools.data.registry import OWN, Corpus, Dataset, load_datasets
 from medasst_tools.errors import UserError
@@ -124,16 +124,15 @@ def show(path: Path, corpus: Corpus, encoding: str) -> None:
     dataset = Dataset(f"{corpus.name}_train", corpus, [str(path)], layout=corpus.layout)
     kept, reasons, read = 0, {}, 0
     for raw in islice(read_records(path, corpus.layout, encoding), LOOKED_AT):
-        for record, reason in outcomes(dataset, raw):
+        for record in outcomes(dataset, raw):
             read += 1
-            if record is not None:
-                kept += 1
-                if kept <= SHOWN:
-                    print(
-                        "\n".join(f"  {key}: {str(value)[:160]}" for key, value in record.items() if value), end="\n\n"
-                    )
-            elif reason and not reason.by_design:
-                reasons.setdefault(str(reason), raw.line)
+            if isinstance(record, NotKept):
+                if not record.by_design:
+                    reasons.setdefault(str(record), raw.line)
+                continue
+            kept += 1
+            if kept <= SHOWN:
+                print("\n".join(f"  {key}: {str(value)[:160]}" for key, value in record.items() if value), end="\n\n")
     lost = "; ".join(f"{reason} (first in line {line})" for reason, line in reasons.items())
     print(
         f"layout {corpus.layout}, {encoding}: {kept} of the first {read} records can be used"

@@ -16,8 +16,8 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,11 +61,12 @@ class Options(NamedTuple):
 
 
 class Counts:
-    """What became of one dataset's records."""
+    """What became of one dataset's records; `bytes` and `sha256` are the written file's."""
 
     def __init__(self) -> None:
         """Nothing was read yet."""
-        self.read = self.kept = self.odd_tails = self.control_tokens = 0
+        self.read = self.kept = self.odd_tails = self.control_tokens = self.bytes = 0
+        self.sha256 = ""
         self.skipped, self.rejected, self.masked = Counter(), Counter(), Counter()
         self.columns: list[str] = []
         self.first_history: slice | None = None
@@ -292,7 +293,7 @@ def convert_dataset(dataset: Dataset, path: Path, folder: Path, options: Options
         counts = write_dataset(dataset, path, folder, CHINESE, options, cleaner)
     elif counts is None:
         raise UserError(f"{path} is neither UTF-8 nor GB18030; give its --encoding")
-    return entry_of(dataset, path, folder, counts, encoding or UTF8, options)
+    return entry_of(dataset, path, counts, encoding or UTF8, options)
 
 
 def write_dataset(
@@ -301,45 +302,84 @@ def write_dataset(
     """Write the kept and the rejected records; return the counts."""
     from tqdm import tqdm
 
-    counts = Counts()
+    counts, output = Counts(), folder / f"{dataset.name}.jsonl"
     with (
-        (folder / f"{dataset.name}.jsonl").open("wb", buffering=1 << 20) as out,
-        (folder / "rejected" / f"{dataset.name}.jsonl").open("wb") as bad,
+        Output(output) as out,
+        (folder / "rejected" / output.name).open("wb") as bad,
         tqdm(desc=dataset.name, unit="record", unit_scale=True, disable=None, leave=False) as bar,
     ):
         for number, raw in enumerate(read_records(path, dataset.layout, encoding)):
             if number % 10_000 == 0:
                 bar.update(number - bar.n)
-            for record, reason in outcomes(dataset, raw):
+            for record in outcomes(dataset, raw):
                 counts.read += 1
-                if record is not None:
-                    reason = keep(record, out, counts, cleaner, options.strict)
-                if isinstance(reason, NotKept):
+                reason = record if isinstance(record, NotKept) else keep(record, out, counts, cleaner, options.strict)
+                if reason is not None:
                     (counts.skipped if reason.by_design else counts.rejected)[str(reason)] += 1
                     if not reason.by_design:
                         bad.write(_rejected_line(raw, str(reason)))
+    counts.sha256 = out.digest.hexdigest()
     if counts.first_history and counts.first_history.start > TYPED_BYTES:
         counts.moved_to_top = True
-        _move_to_top(folder / f"{dataset.name}.jsonl", counts.first_history)
+        _move_to_top(output, counts.first_history)
+        counts.sha256 = sha256_of(output)
     return counts
 
 
-def outcomes(dataset: Dataset, raw: Raw) -> Iterator[tuple[dict[str, Any] | None, NotKept | None]]:
-    """Yield (record, None) or (None, why not) for all that a raw record gives."""
+class Output:
+    """A file that is written and hashed by a thread: neither needs Python's lock, so that both cost the conversion nothing."""
+
+    def __init__(self, path: Path):
+        """Nothing is written until the `with` block."""
+        self.path, self.digest, self.lines, self.held = path, hashlib.sha256(), [], 0
+
+    def __enter__(self) -> "Output":
+        """Open the file and start the thread."""
+        self.file, self.thread = self.path.open("wb"), ThreadPoolExecutor(1)
+        self.writing = self.thread.submit(int)  # nothing yet
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """Write the rest; what went wrong in the thread, a full disk say, is raised here or before."""
+        with self.file, self.thread:
+            if kind is None:
+                self.flush()
+                self.writing.result()
+
+    def write(self, line: bytes) -> None:
+        """Write a line, sooner or later."""
+        self.lines.append(line)
+        self.held += len(line)
+        if self.held > 1 << 20:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand the lines over once the earlier ones are written: two batches are in memory at most."""
+        self.writing.result()
+        self.writing = self.thread.submit(self._write, b"".join(self.lines))
+        self.lines, self.held = [], 0
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+
+
+def outcomes(dataset: Dataset, raw: Raw) -> Sequence[dict[str, Any] | NotKept]:
+    """Return all that a raw record gives: records, and why there is none."""
     if not raw.data or raw.data.isspace():
-        yield None, NotKept("blank line", by_design=True)
-        return
+        return (NotKept("blank line", by_design=True),)
     if isinstance(raw.value, Unreadable):
-        yield None, NotKept(raw.value.reason)
-        return
+        return (NotKept(raw.value.reason),)
     try:
         found = read_value(dataset.layout, raw.value, dataset.corpus.columns)
     except NotKept as reason:
-        yield None, reason
-        return
-    for record in found if isinstance(found, list) else [found]:
-        other = dataset.share is not None and in_test_part(record, dataset.share) != dataset.test_part
-        yield (None, NotKept("in the other part", by_design=True)) if other else (record, None)
+        return (reason,)
+    records = found if isinstance(found, list) else (found,)
+    share = dataset.share
+    if share is None:
+        return records
+    other = NotKept("in the other part", by_design=True)
+    return [one if in_test_part(one, share) == dataset.test_part else other for one in records]
 
 
 def in_test_part(record: dict[str, Any], share: float) -> bool:
@@ -348,23 +388,26 @@ def in_test_part(record: dict[str, Any], share: float) -> bool:
     return crc32(first.encode("utf-8", "surrogatepass")) < share * (1 << 32)
 
 
-def keep(record: dict[str, Any], out: Any, counts: Counts, cleaner: Cleaner, strict: bool) -> NotKept | None:
+def keep(record: dict[str, Any], out: Output, counts: Counts, cleaner: Cleaner, strict: bool) -> NotKept | None:
     """Write a record and count it; return why not, if a filter takes it out."""
     odd_tail = record.pop(ODD_TAIL, False)
-    record, masked, reason = cleaner.clean(record)
-    if reason:
-        return NotKept(reason, by_design=True)
+    masked = None
+    if not cleaner.idle:
+        record, masked, reason = cleaner.clean(record)
+        if reason:
+            return NotKept(reason, by_design=True)
     try:
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # half of a surrogate pair
         return NotKept("text that isn't Unicode")
-    if (b"<" in line or b"[" in line) and CONTROL.search(line):
+    if (b"<" in line or b"INST]" in line) and CONTROL.search(line):  # seldom: the search takes longer than all else
         if strict:
             return NotKept("a chat template's mark in the text")
         counts.control_tokens += 1
     if counts.first_history is None and record.get("history"):
-        counts.first_history = slice(out.tell(), out.tell() + len(line))
+        counts.first_history = slice(counts.bytes, counts.bytes + len(line))
     out.write(line)
+    counts.bytes += len(line)
     counts.kept += 1
     counts.odd_tails += odd_tail
     if masked:
@@ -397,20 +440,15 @@ def _move_to_top(path: Path, place: slice) -> None:
     moved.replace(path)
 
 
-def entry_of(
-    dataset: Dataset, path: Path, folder: Path, counts: Counts, encoding: str, options: Options
-) -> dict[str, Any]:
+def entry_of(dataset: Dataset, path: Path, counts: Counts, encoding: str, options: Options) -> dict[str, Any]:
     """Return a dataset's manifest entry."""
-    output = folder / f"{dataset.name}.jsonl"
-    with output.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     entry: dict[str, Any] = {
         "read": counts.read,
         "kept": counts.kept,
         "skipped": dict(counts.skipped),
         "rejected": dict(counts.rejected),
     }
-    entry |= {"sha256": digest, "bytes": output.stat().st_size, "file": output.name}
+    entry |= {"sha256": counts.sha256, "bytes": counts.bytes, "file": f"{dataset.name}.jsonl"}
     entry |= {"paper": dataset.paper, "published": dataset.published, "encoding": encoding}
     entry |= {"odd_tails": counts.odd_tails, "control_tokens": counts.control_tokens, "columns": counts.columns}
     entry |= {"variant": options.variant(), "first_history_moved_to_top": counts.moved_to_top}

@@ -9,7 +9,6 @@ from medasst_tools.data.pii import mask
 
 OVERLAPS = "question of a test set"
 DUPLICATE = "copy of an earlier record"
-NOTHING_MASKED: Counter = Counter()  # one for all: a counter a record is a tenth of the conversion
 
 
 class Cleaner:
@@ -18,6 +17,7 @@ class Cleaner:
     def __init__(self, index: QuestionIndex | None, seen: set[int] | None, masks: bool):
         """None leaves a filter out."""
         self.index, self.seen, self.masks = index, seen, masks
+        self.idle = index is None and seen is None and not masks
 
     @classmethod
     def of(cls, options: Any, is_test: bool, index: QuestionIndex | None, seen: set[int]) -> "Cleaner":
@@ -31,8 +31,6 @@ class Cleaner:
 
     def clean(self, record: dict[str, Any]) -> tuple[dict[str, Any], Counter, str | None]:
         """Return (record, pieces masked by kind, why it goes or None). Questions are looked up as they were, and masked."""
-        if self.index is None and self.seen is None and not self.masks:
-            return record, NOTHING_MASKED, None
         asked, masked = question_of(record), Counter()
         if self.index and self.index.match(asked):
             return record, masked, OVERLAPS

@@ -155,6 +155,9 @@ def read_turns(record: dict[str, Any]) -> dict[str, Any]:
     for place, turn in enumerate(turns):
         if type(turn) is not str:
             raise NotKept("a turn is not text")
+        if turn.startswith(("问：", "答：")[place % 2]):  # nearly all: no pattern is needed
+            texts.append(clean(turn[2:]))
+            continue
         turn = clean(turn)
         if marker := MARKER.match(turn):
             if marker[1] != "问答"[place % 2]:
@@ -285,7 +288,7 @@ def read_value(
             raise NotKept("not a list")
     elif not isinstance(value, dict):
         raise NotKept("not an object")
-    return LAYOUTS[layout](value, **(columns or {}))
+    return LAYOUTS[layout](value, **columns) if columns else LAYOUTS[layout](value)
 
 
 def likely_layout(values: list[Any]) -> str | None:

@@ -9,8 +9,9 @@ import gzip
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
 
@@ -22,7 +23,7 @@ from medasst_tools.files import LFS_POINTER
 MAX_RECORD_BYTES = 1 << 24  # the longest answer of the corpora has 6,608 characters; a longer "line" is damage
 PEEKED = 1 << 20  # bytes that are looked at to tell a container
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more
-BOM = b"\xef\xbb\xbf"
+BOM, NEWLINE = b"\xef\xbb\xbf", ord("\n")
 UTF8, CHINESE = "utf-8", "gb18030"
 # keys whose list of objects is one record's dialogue, not a wrapped array of records
 DIALOGUE_KEYS = ("messages", "conversations", "conversation", "history", "data")
@@ -59,11 +60,11 @@ def read_records(path: Path, layout: str = "", encoding: str = UTF8) -> Iterator
         if kind in ("csv", "tsv") and layout != "columns":
             yield from _table(path, stream, encoding, "," if kind == "csv" else "\t")
         elif layout == "columns":
-            yield from _lines(stream, lambda line: _columns(line, encoding))
+            yield from _lines(stream, _columns, encoding)
         elif is_one_value(stream):
             yield from _array(path, stream, encoding)
         else:
-            yield from _lines(stream, lambda line: _json(line, encoding))
+            yield from _lines(stream, _json, encoding)
 
 
 # ---- opening --------------------------------------------------------------------------------------------------------
@@ -209,19 +210,17 @@ def _parses(data: bytes) -> bool:
     return True
 
 
-def _lines(stream: BinaryIO, parse: Any) -> Iterator[Raw]:
-    number = 0
-    while line := stream.readline(MAX_RECORD_BYTES + 1):
-        number += 1
-        if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
+def _lines(stream: BinaryIO, parse: Callable[[bytes, str], Any], encoding: str) -> Iterator[Raw]:
+    for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""), 1):
+        if line[-1] == NEWLINE:
+            line = line[:-1]
+        elif len(line) > MAX_RECORD_BYTES:
             while (more := stream.readline(1 << 17)) and not more.endswith(b"\n"):
                 pass  # the rest of a line that is rejected for its length
-            yield Raw(
-                number, line[:4096], Unreadable(f"longer than {MAX_RECORD_BYTES} bytes, its first 4096 are kept here")
-            )
+            reason = f"longer than {MAX_RECORD_BYTES} bytes, its first 4096 are kept here"
+            yield Raw(number, line[:4096], Unreadable(reason))
             continue
-        line = line[:-1] if line.endswith(b"\n") else line
-        yield Raw(number, line, parse(line))
+        yield Raw(number, line, parse(line, encoding))
 
 
 def _json(line: bytes, encoding: str) -> Any:

@@ -30,8 +30,9 @@ from medasst_tools.data.exam_questions import (
     questions_sha256,
 )
 from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.evaluation import contamination
 from medasst_tools.evaluation.statistics import average_interval, brier, expected_calibration_error, rate, wilson
-from medasst_tools.files import atomic_writer, locked, write_json
+from medasst_tools.files import atomic_writer, locked, sha256_of, write_json
 from medasst_tools.inference.answers import AnswerStore
 from medasst_tools.machine import preflight
 
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shots", type=int, choices=(0, 5), default=0, help="examples before each question (0)")
     parser.add_argument("--orders", type=int, choices=(1, 4), default=1, help="cyclic orders of the options (1)")
     parser.add_argument("--prompt", help="one of the prompts of exams.yaml (its first)")
+    parser.add_argument("--labels", type=Path, help="JSON lines of benchmark, subject, id, label: scores by label")
     parser.add_argument("--limit", type=int, help="only the first N questions of each subject")
     parser.add_argument("--check", action="store_true", help="only look whether the questions can be read")
     preflight.add_arguments(parser)
@@ -88,7 +90,10 @@ def run(args: argparse.Namespace) -> None:
         "exam_version": protocol["version"],
         "questions_sha256": questions_sha256(subjects),
     }
-    about = made_of(config, facts)
+    by_label = {"labels": contamination.read_labels(args.labels, subjects)} if args.labels else {}
+    audit = contamination.audit_file(args.chat_config)
+    sources = {"labels": args.labels, "audit": audit if audit and audit.is_file() else None}
+    about = made_of(config, facts, {name: sha256_of(path) for name, path in sources.items() if path})
     if provenance.up_to_date(args.out / "exam.json", about):
         return
     print(provenance.describe(config, trained))
@@ -97,18 +102,25 @@ def run(args: argparse.Namespace) -> None:
         args.out.parent / f".{args.out.name}.exam.lock",
         f"{args.out} is being examined by another process; wait for it",
     ):
-        wording = protocol["prompts"][name]
-        rows = answer_all(
-            args, config, subjects, wording, {"model": about["model"], "settings": provenance.exam_settings(config)}
-        )
+        asked = {"model": about["model"], "settings": provenance.exam_settings(config)}
+        rows = answer_all(args, config, subjects, protocol["prompts"][name], asked)
+        splits: dict[str, Any] = {}
+        try:
+            by_label["training"] = contamination.of_training(config, audit, subjects)
+        except UserError as error:
+            splits["unknown"] = str(error)
+        first = [row for row in rows if row["order"] == 0]
+        splits |= {name: contamination.split(first, labels) for name, labels in by_label.items()}
+        facts |= {"contamination": splits, "by_prompt": by_prompt(args, subjects, protocol["prompts"], asked)}
         write_results(args.out, rows, subjects, facts, about, config)
 
 
-def made_of(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+def made_of(config: dict[str, Any], facts: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
     """Return what the exam's result depends on: the model, how it is asked, the questions."""
     settings = provenance.exam_settings(config) | {key: value for key, value in facts.items() if value is not None}
-    files = {"questions": settings.pop("questions_sha256")}
-    code = {"medasst exam": provenance.code_sha256("evaluation/exam.py", "evaluation/statistics.py")}
+    files = {"questions": settings.pop("questions_sha256")} | labels
+    modules = (f"evaluation/{name}.py" for name in ("exam", "statistics", "contamination"))
+    code = {"medasst exam": provenance.code_sha256(*modules)}
     return provenance.made_of(settings, files, provenance.model_identity(config), code)
 
 
@@ -122,12 +134,7 @@ def answer_all(
 ) -> list[dict[str, Any]]:
     """Return the row of every question in every order, in the exams' order; each is kept as it is answered."""
     store = AnswerStore(args.out / "answers" / "exam.jsonl")
-    keys = {
-        (question, order): AnswerStore.key(asked, wording, question, order, [*subject.examples[: args.shots]])
-        for subject in subjects
-        for question in subject.questions[: args.limit]
-        for order in range(args.orders)
-    }
+    keys = _keys(args, subjects, wording, asked, args.orders)
     missing = {one for one, key in keys.items() if key not in store}
     if missing:
         preflight.require(config, args)
@@ -140,6 +147,31 @@ def answer_all(
                     store.keep(key, {"probs": probabilities, "dropped": prompt.dropped})
                     bar.update()
     return [_row(question, order, **store[key]) for (question, order), key in keys.items()]
+
+
+def _keys(
+    args: argparse.Namespace, subjects: list[Subject], wording: dict[str, str], asked: dict[str, Any], orders: int
+) -> dict[tuple[Question, int], str]:
+    """Return {(question, order): the key of its answer} in the exams' order."""
+    return {
+        (question, order): AnswerStore.key(asked, wording, question, order, [*subject.examples[: args.shots]])
+        for subject in subjects
+        for question in subject.questions[: args.limit]
+        for order in range(orders)
+    }
+
+
+def by_prompt(
+    args: argparse.Namespace, subjects: list[Subject], prompts: dict[str, dict[str, str]], asked: dict[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Return the scores, in percent, under each prompt in which this model has answered every question, now or before."""
+    store, scores = AnswerStore(args.out / "answers" / "exam.jsonl"), {}
+    for name, wording in prompts.items():
+        keys = _keys(args, subjects, wording, asked, orders=1)
+        if all(key in store for key in keys.values()):
+            report = summarise([_row(question, 0, **store[key]) for (question, _), key in keys.items()], subjects)
+            scores[name] = {score: report[score] for score in (*report["n_by_benchmark"], "average")}
+    return scores
 
 
 def _answers(
@@ -400,6 +432,14 @@ def print_summary(path: Path, report: dict[str, Any], name: str) -> None:
         print(
             f"by order of the options {accuracy}; right in all {orders['all_orders']['percent']:.2f}; debiased {orders['debiased']['percent']:.2f}"
         )
+    for source, split in report["contamination"].items():
+        if source == "unknown":
+            print(f"exam questions in training: not known: {split}")
+            continue
+        for benchmark, label, row in ((name, *one) for name, rows in split.items() for one in rows.items()):
+            low, high = row.get("difference_ci95", (0, 0))
+            more = f", {row['difference']:+.2f} [{low:+.2f}, {high:+.2f}]" if "difference" in row else ""
+            print(f"{benchmark:8} by {source}, {label}: {row['percent']:6.2f}, n {row['n']}{more}")
     if not report["as_released"]:
         print(f"not the released 1,415 questions but {report['n']}: not to be compared with the paper's scores")
     if report["dropped_examples"]:

@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     for path in outputs:
         write_per_record(path, rows)
     report = summarise(predictions, rows, sizes, cut)
+    report |= descriptions(predictions, sizes)
     report |= {"signature": signature(report["n"]), "predictions": about["files"]["predictions"]}
     write_json(args.out, report | provenance.record(args.out, about, outputs))
     name = provenance.shown_name(args.predictions.parent.name, predict=origin and origin["made_of"])
@@ -232,6 +233,19 @@ def summarise(
         }
         report["by_dataset"] = {name: _of(places[name], predictions, rows, clusters, cut) for name in places}
     return report
+
+
+def descriptions(predictions: list[Prediction], sizes: dict[str, int]) -> dict[str, Any]:
+    """Return {"descriptions": {"all" or test set: means}, "descriptions_signature"}."""
+    from medasst_tools.evaluation.text_metrics import Answer, chrf_scorer, describe
+
+    answers = [Answer(*row) for row in predictions]
+    found, start = {"all": describe(answers)}, 0
+    for name, size in sizes.items():
+        found[name] = describe(answers[start : start + size])
+        start += size
+    said = f"chrf:{chrf_scorer().get_signature()}|means-over-records|n:{len(answers)}"
+    return {"descriptions": found, "descriptions_signature": said}
 
 
 def _names(sizes: dict[str, int]) -> Iterator[str]:

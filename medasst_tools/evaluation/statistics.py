@@ -45,6 +45,14 @@ def average_interval(shares: dict[str, float], intervals: dict[str, Any]) -> lis
     return [mean - below, mean + above]
 
 
+def newcombe(correct_a: int, n_a: int, correct_b: int, n_b: int) -> list[float]:
+    """Return the 95 % interval of the difference of two independent shares, percent points (Newcombe 1998, method 10); n > 0."""
+    (a, (low_a, high_a)), (b, (low_b, high_b)) = (
+        (100 * correct / n, wilson(correct, n) or []) for correct, n in ((correct_a, n_a), (correct_b, n_b))
+    )
+    return [a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)]
+
+
 # ---- means over records ---------------------------------------------------------------------------------------------
 def clusters_of(prompts: Sequence[str]) -> list[int]:
     """Return a cluster number for each prompt: the same question, or a later turn of the same dialogue, is one cluster.

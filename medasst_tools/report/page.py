@@ -142,6 +142,17 @@ def paper_power(paper: dict[str, Any]) -> dict[str, Any]:
     return rows
 
 
+def paper_spread(paper: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return {metric: (the paper's difference, MedAsst against Qwen2-7B; the largest spread with which it can be seen)}.
+
+    The spread is the standard deviation of the records' differences, all of them independent, at 80 % power.
+    """
+    tuned, base = paper["models"]["MedAsst"], paper["models"]["Qwen2-7B"]
+    widest = paper["table_1_test"]["paper"] ** 0.5 / statistics.smallest_visible(1)
+    differences = {name: tuned[name] - base[name] for _, name in tables.dialogue_columns() if name in tuned}
+    return {name: (difference, difference * widest) for name, difference in differences.items()}
+
+
 def render_markdown(paper, results, comparisons, figures: dict[str, str], lang: str) -> str:
     """Return the page as Markdown."""
     environment = template_environment(
@@ -167,6 +178,7 @@ def render_markdown(paper, results, comparisons, figures: dict[str, str], lang: 
         comparisons=comparisons,
         verdict=verdict,
         paper_power=paper_power(paper),
+        paper_spread=paper_spread(paper),
         primary=PRIMARY,
         metrics=[key for _, key in dialogue_columns],
         figures=figures,

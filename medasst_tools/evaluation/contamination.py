@@ -1,0 +1,117 @@
+"""Split an exam's scores by what is known of its questions: whether training has them, or labels of one's own.
+
+What training has is `medasst audit`'s list, and counts only if that audit saw the very files that the model was trained on.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from medasst_tools import provenance
+from medasst_tools.config import read_yaml
+from medasst_tools.data.exam_questions import Question, Subject
+from medasst_tools.errors import UserError
+from medasst_tools.evaluation.statistics import newcombe, rate
+from medasst_tools.files import read_json, read_jsonl
+
+Key = tuple[str, str, str]  # benchmark, subject, id
+CLEAN = "clean"
+LABELS = {"exact": "exact", "normalised": "exact", "near": "near"}  # the audit's kinds of copies
+LABEL_KEYS = ("benchmark", "subject", "id", "label")
+
+
+def key_of(question: Question) -> Key:
+    """Return what names a question."""
+    return question.benchmark, question.subject, question.id
+
+
+def audit_file(chat_config: Path) -> Path | None:
+    """Return where the audit of an experiment's training data lies, there or not; None if it trains on nothing."""
+    train = chat_config.with_name("train.yaml")
+    return Path(read_yaml(train)["dataset_dir"]) / "audit.json" if train.is_file() else None
+
+
+def trained_on(config: dict[str, Any]) -> set[tuple[str, str]]:
+    """Return (dataset, sha256) of all that the config's model and its adapters were trained on, as far as the ledger knows."""
+    folders = [config["model_name_or_path"], *str(config.get("adapter_name_or_path") or "").split(",")]
+    runs = (provenance.read_run(Path(str(folder))) for folder in folders if folder)
+    return {pair for run in runs if run for pair in run["made_of"]["files"].items()}
+
+
+def of_training(config: dict[str, Any], audit: Path | None, subjects: list[Subject]) -> dict[Key, str]:
+    """Return the label of every question: "exact" or "near" copy in training, or "clean". UserError says why nothing is known."""
+    trained = trained_on(config)
+    if not trained:
+        raise UserError("no run.json says what the model was trained on")
+    again = "`make audit`, then `make exam`"
+    found = read_json(audit) if audit else None
+    if audit is None or found is None:
+        raise UserError(f"no audit of the training data; {again}")
+    if list(provenance.changed_outputs(audit, found)):
+        raise UserError(f"overlap.jsonl isn't what {audit} says; {again}")
+    looked_at = found["made_of"]["files"]
+    if others := sorted(name for name, sha in trained if looked_at.get(name) != sha):
+        raise UserError(f"{audit} is of another {others[0]} than the model was trained on; {again}")
+    questions: dict[str, list[Question]] = {}
+    for subject in subjects:
+        questions.setdefault(subject.benchmark, []).extend(subject.questions)
+    stems = {name: [question.text for question in members] for name, members in questions.items()}
+    if looked_at.get("exams") != provenance.short(stems):
+        raise UserError(f"{audit} looked for no or other exam questions; {again}")
+    labels = {key_of(question): CLEAN for members in questions.values() for question in members}
+    datasets = {name for name, _ in trained}
+    for row in read_jsonl(audit.with_name("overlap.jsonl")):
+        if row["dataset"] in datasets and row["test_set"] in questions:
+            key, label = key_of(questions[row["test_set"]][row["test_line"] - 1]), LABELS[row["kind"]]
+            labels[key] = min(label, labels[key], key=["exact", "near", CLEAN].index)
+    return labels
+
+
+def read_labels(path: Path, subjects: list[Subject]) -> dict[Key, str]:
+    """Return the labels of a file with a JSON object a line (LABEL_KEYS); UserError names a line that can't be one."""
+    known = {key_of(question) for subject in subjects for question in subject.questions}
+    labels: dict[Key, str] = {}
+    if not path.is_file():
+        raise UserError(f"no labels file {path}")
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = orjson.loads(line)
+            benchmark, subject, name, label = (str(row[key]) for key in LABEL_KEYS)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: must be a JSON object with {', '.join(LABEL_KEYS)}") from None
+        key = benchmark, subject, name
+        if key not in known or key in labels:
+            problem = "stands above too" if key in labels else "is no question of the exams here"
+            raise UserError(f"{path}, line {number}: {'/'.join(key)} {problem}")
+        labels[key] = label
+    if not labels:
+        raise UserError(f"{path} is empty; a line is a JSON object with {', '.join(LABEL_KEYS)}")
+    return labels
+
+
+def split(rows: Iterable[dict[str, Any]], labels: dict[Key, str]) -> dict[str, dict[str, Any]]:
+    """Return {benchmark: {label: its share of right answers}}; questions without a label are left out.
+
+    Each label but "clean" (where there's none, the file's first) has its `difference` from that in percent points, with
+    Newcombe's interval.
+    """
+    right: dict[str, dict[str, list[bool]]] = {}
+    for row in rows:
+        if label := labels.get((row["benchmark"], row["subject"], row["id"])):
+            groups = right.setdefault(row["benchmark"], {})
+            groups.setdefault(label, []).append(row["predicted"] == row["answer"])
+    base = CLEAN if CLEAN in labels.values() else next(iter(labels.values()))
+    return {benchmark: _compared(groups, base) for benchmark, groups in right.items()}
+
+
+def _compared(groups: dict[str, list[bool]], base: str) -> dict[str, Any]:
+    rates = {label: rate(groups[label]) for label in sorted(groups, key=lambda label: (label != base, label))}
+    for label, row in rates.items():
+        if label != base and base in rates:
+            row["difference"] = row["percent"] - rates[base]["percent"]
+            row["difference_ci95"] = newcombe(row["count"], row["n"], rates[base]["count"], rates[base]["n"])
+    return rates
