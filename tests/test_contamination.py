@@ -50,7 +50,7 @@ def leaky(tmp_path_factory):
     (folder / "model/run.json").write_text(json.dumps({"made_of": made_of}), encoding="utf-8")
     config = {"model_name_or_path": str(folder / "model"), "template": "qwen"}
     (folder / "chat.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    (folder / "train.yaml").write_text(yaml.safe_dump({"dataset_dir": str(folder / "data")}), encoding="utf-8")
+    (folder / "predict.yaml").write_text(yaml.safe_dump({"dataset_dir": str(folder / "data")}), encoding="utf-8")
     return folder
 
 

@@ -28,9 +28,9 @@ def key_of(question: Question) -> Key:
 
 
 def audit_file(chat_config: Path) -> Path | None:
-    """Return where the audit of an experiment's training data lies, there or not; None if it trains on nothing."""
-    train = chat_config.with_name("train.yaml")
-    return Path(read_yaml(train)["dataset_dir"]) / "audit.json" if train.is_file() else None
+    """Return where `make audit` puts an experiment's audit, there or not; None for a chat.yaml of no experiment."""
+    predict = chat_config.with_name("predict.yaml")
+    return Path(read_yaml(predict)["dataset_dir"]) / "audit.json" if predict.is_file() else None
 
 
 def trained_on(config: dict[str, Any]) -> set[tuple[str, str]]:
