@@ -84,6 +84,16 @@ def our_scores(pairs: list[tuple[str, str]], workers: int) -> tuple[float, list]
     return time.perf_counter() - began, scores
 
 
+def our_descriptions(pairs: list[tuple[str, str]]) -> tuple[float, dict]:
+    """Return (seconds, means) of what `medasst score` says of the answers beside the scores."""
+    from medasst_tools.evaluation import score
+
+    records = [score.Prediction("", predict, label) for predict, label in pairs]
+    began = time.perf_counter()
+    means = score.descriptions(records, {})
+    return time.perf_counter() - began, means
+
+
 def exam_prompts(model_dir: Path, exams_dir: Path):
     """Return (model, tokenizer, letters' ids, prompts by subject) at 5 shots."""
     from medasst_tools.data.exam_questions import LETTERS, load_protocol, load_subjects
@@ -198,6 +208,9 @@ def main() -> None:
         bleu = sum(row[0] for row in theirs) / len(theirs)
         print(f"\nmean BLEU-4 {bleu:.2f}; lengths: mean {mean:.0f}, median {lengths[len(lengths) // 2]}, longest {lengths[-1]} characters; "
               f"the scores of every pair are {'equal' if equal else 'DIFFERENT'}")  # fmt: skip
+        print(
+            f"the answers' descriptions, which LLaMA-Factory has none of, take another {in_a_process(our_descriptions, pairs)[0]:.2f} s"
+        )
         theirs_seconds, theirs, theirs_peak = in_a_process(llamafactory_exam, model, args.exams_dir)
         seconds, ours, peak = in_a_process(our_exam, model, args.exams_dir)
         same = sum(a == b for a, b in zip(ours, theirs, strict=True))

@@ -50,7 +50,7 @@ def leaky(tmp_path_factory):
     (folder / "model/run.json").write_text(json.dumps({"made_of": made_of}), encoding="utf-8")
     config = {"model_name_or_path": str(folder / "model"), "template": "qwen"}
     (folder / "chat.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    (folder / "train.yaml").write_text(yaml.safe_dump({"dataset_dir": str(folder / "data")}), encoding="utf-8")
+    (folder / "predict.yaml").write_text(yaml.safe_dump({"dataset_dir": str(folder / "data")}), encoding="utf-8")
     return folder
 
 
@@ -98,6 +98,7 @@ def test_a_model_that_knows_only_what_leaked(leaky, tmp_path, monkeypatch, capsy
             lambda run, audit: run["made_of"]["files"].update(medchatzh_train="ab"),
             "is of another medchatzh_train than",
         ),
+        (lambda run, audit: run["made_of"]["files"].update(text="ab"), "trained on text, which .* doesn't cover"),
         (lambda run, audit: audit["made_of"]["files"].pop("exams"), "looked for no or other exam questions"),
         (lambda run, audit: audit["outputs"].update({"overlap.jsonl": "ab"}), "overlap.jsonl isn't what"),
         (lambda run, audit: audit.clear(), "no audit of the training data"),
@@ -113,6 +114,14 @@ def test_what_is_not_known_is_said(leaky, tmp_path, change, reason):
         (tmp_path / "audit.json").write_text(json.dumps(audit), encoding="utf-8")
     with pytest.raises(UserError, match=reason):
         contamination.of_training({"model_name_or_path": str(tmp_path)}, tmp_path / "audit.json", SUBJECTS)
+
+
+def test_the_adapters_training_counts_not_its_bases(leaky, tmp_path):
+    run = json.loads((leaky / "model/run.json").read_text(encoding="utf-8"))
+    run["made_of"]["files"] = {"text": "ab"}
+    (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    config = {"model_name_or_path": str(tmp_path), "adapter_name_or_path": str(leaky / "model")}
+    assert contamination.of_training(config, leaky / "data/audit.json", SUBJECTS) == TRUTH
 
 
 GOOD = dict(zip(contamination.LABEL_KEYS, (*contamination.key_of(QUESTIONS[0]), "clean"), strict=True))

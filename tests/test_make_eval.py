@@ -153,6 +153,15 @@ def test_more_of_the_same_asks_only_what_is_new(another):
     assert "max_samples=2" not in (another / "results/report.md").read_text(encoding="utf-8")
 
 
+def test_the_exams_are_split_by_what_the_audit_found_in_training(another):
+    """Nothing is asked again. The data of demo_base, a text of its own, isn't in the audit, and that is said."""
+    said = run_make(another, "audit", "exam").stdout
+    split = json.loads((another / "results/demo/exam.json").read_text(encoding="utf-8"))["contamination"]["training"]
+    assert {name: rows["clean"]["n"] for name, rows in split.items()} == {"cmmlu": 18, "ceval": 12}
+    assert "file audit unset -> " in said and "cmmlu    by training, clean: " in said
+    assert "trained on text, which" in run_make(another, "exam", "EXPERIMENT=demo_base").stdout
+
+
 # ---- refused --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("words", "said"),

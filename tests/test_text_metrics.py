@@ -137,8 +137,6 @@ def test_equal_on_real_pairs(real_data):
     ],
 )
 def test_descriptions(name, prompt, predict, label, expected):
-    from medasst_tools.evaluation.text_metrics import DESCRIPTIONS, Answer
+    from medasst_tools.evaluation.text_metrics import DESCRIPTIONS
 
-    assert DESCRIPTIONS[name](Answer(prompt, predict, label)) == (
-        None if expected is None else pytest.approx(expected)
-    )
+    assert DESCRIPTIONS[name](prompt, predict, label) == (None if expected is None else pytest.approx(expected))

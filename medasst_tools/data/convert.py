@@ -17,10 +17,10 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from zlib import crc32
 
 import orjson
@@ -66,7 +66,7 @@ class Counts:
     def __init__(self) -> None:
         """Nothing was read yet."""
         self.read = self.kept = self.odd_tails = self.control_tokens = self.bytes = 0
-        self.sha256 = ""
+        self.digest, self.sha256 = hashlib.sha256(), ""
         self.skipped, self.rejected, self.masked = Counter(), Counter(), Counter()
         self.columns: list[str] = []
         self.first_history: slice | None = None
@@ -304,7 +304,7 @@ def write_dataset(
 
     counts, output = Counts(), folder / f"{dataset.name}.jsonl"
     with (
-        Output(output) as out,
+        output.open("wb", buffering=1 << 20) as out,
         (folder / "rejected" / output.name).open("wb") as bad,
         tqdm(desc=dataset.name, unit="record", unit_scale=True, disable=None, leave=False) as bar,
     ):
@@ -318,50 +318,11 @@ def write_dataset(
                     (counts.skipped if reason.by_design else counts.rejected)[str(reason)] += 1
                     if not reason.by_design:
                         bad.write(_rejected_line(raw, str(reason)))
-    counts.sha256 = out.digest.hexdigest()
     if counts.first_history and counts.first_history.start > TYPED_BYTES:
         counts.moved_to_top = True
         _move_to_top(output, counts.first_history)
-        counts.sha256 = sha256_of(output)
+    counts.sha256 = sha256_of(output) if counts.moved_to_top else counts.digest.hexdigest()
     return counts
-
-
-class Output:
-    """A file that is written and hashed by a thread: neither needs Python's lock, so that both cost the conversion nothing."""
-
-    def __init__(self, path: Path):
-        """Nothing is written until the `with` block."""
-        self.path, self.digest, self.lines, self.held = path, hashlib.sha256(), [], 0
-
-    def __enter__(self) -> "Output":
-        """Open the file and start the thread."""
-        self.file, self.thread = self.path.open("wb"), ThreadPoolExecutor(1)
-        self.writing = self.thread.submit(int)  # nothing yet
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        """Write the rest; what went wrong in the thread, a full disk say, is raised here or before."""
-        with self.file, self.thread:
-            if kind is None:
-                self.flush()
-                self.writing.result()
-
-    def write(self, line: bytes) -> None:
-        """Write a line, sooner or later."""
-        self.lines.append(line)
-        self.held += len(line)
-        if self.held > 1 << 20:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand the lines over once the earlier ones are written: two batches are in memory at most."""
-        self.writing.result()
-        self.writing = self.thread.submit(self._write, b"".join(self.lines))
-        self.lines, self.held = [], 0
-
-    def _write(self, data: bytes) -> None:
-        self.file.write(data)
-        self.digest.update(data)
 
 
 def outcomes(dataset: Dataset, raw: Raw) -> Sequence[dict[str, Any] | NotKept]:
@@ -388,7 +349,7 @@ def in_test_part(record: dict[str, Any], share: float) -> bool:
     return crc32(first.encode("utf-8", "surrogatepass")) < share * (1 << 32)
 
 
-def keep(record: dict[str, Any], out: Output, counts: Counts, cleaner: Cleaner, strict: bool) -> NotKept | None:
+def keep(record: dict[str, Any], out: BinaryIO, counts: Counts, cleaner: Cleaner, strict: bool) -> NotKept | None:
     """Write a record and count it; return why not, if a filter takes it out."""
     odd_tail = record.pop(ODD_TAIL, False)
     masked = None
@@ -407,6 +368,7 @@ def keep(record: dict[str, Any], out: Output, counts: Counts, cleaner: Cleaner, 
     if counts.first_history is None and record.get("history"):
         counts.first_history = slice(counts.bytes, counts.bytes + len(line))
     out.write(line)
+    counts.digest.update(line)
     counts.bytes += len(line)
     counts.kept += 1
     counts.odd_tails += odd_tail

@@ -28,15 +28,18 @@ def key_of(question: Question) -> Key:
 
 
 def audit_file(chat_config: Path) -> Path | None:
-    """Return where the audit of an experiment's training data lies, there or not; None if it trains on nothing."""
-    train = chat_config.with_name("train.yaml")
-    return Path(read_yaml(train)["dataset_dir"]) / "audit.json" if train.is_file() else None
+    """Return where `make audit` puts an experiment's audit, there or not; None for a chat.yaml of no experiment."""
+    predict = chat_config.with_name("predict.yaml")
+    return Path(read_yaml(predict)["dataset_dir"]) / "audit.json" if predict.is_file() else None
 
 
 def trained_on(config: dict[str, Any]) -> set[tuple[str, str]]:
-    """Return (dataset, sha256) of all that the config's model and its adapters were trained on, as far as the ledger knows."""
-    folders = [config["model_name_or_path"], *str(config.get("adapter_name_or_path") or "").split(",")]
-    runs = (provenance.read_run(Path(str(folder))) for folder in folders if folder)
+    """Return (dataset, sha256) of what the config's adapters, without any its model, were trained on, as the ledger knows it.
+
+    The base's own training isn't looked at: of a released one it isn't known.
+    """
+    folders = str(config.get("adapter_name_or_path") or config["model_name_or_path"]).split(",")
+    runs = (provenance.read_run(Path(folder)) for folder in folders)
     return {pair for run in runs if run for pair in run["made_of"]["files"].items()}
 
 
@@ -52,7 +55,9 @@ def of_training(config: dict[str, Any], audit: Path | None, subjects: list[Subje
     if list(provenance.changed_outputs(audit, found)):
         raise UserError(f"overlap.jsonl isn't what {audit} says; {again}")
     looked_at = found["made_of"]["files"]
-    if others := sorted(name for name, sha in trained if looked_at.get(name) != sha):
+    if outside := sorted(name for name, _ in trained if name not in looked_at):
+        raise UserError(f"the model was trained on {outside[0]}, which {audit} doesn't cover")
+    if others := sorted(name for name, sha in trained if looked_at[name] != sha):
         raise UserError(f"{audit} is of another {others[0]} than the model was trained on; {again}")
     questions: dict[str, list[Question]] = {}
     for subject in subjects:

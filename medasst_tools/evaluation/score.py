@@ -236,16 +236,28 @@ def summarise(
 
 
 def descriptions(predictions: list[Prediction], sizes: dict[str, int]) -> dict[str, Any]:
-    """Return {"descriptions": {"all" or test set: means}, "descriptions_signature"}."""
-    from medasst_tools.evaluation.text_metrics import Answer, chrf_scorer, describe
+    """Return {"descriptions": {"all" or test set: means over the answers of which there's something to say, None if of none}, "descriptions_signature"}."""
+    from medasst_tools.evaluation.text_metrics import DESCRIPTIONS, chrf_scorer
 
-    answers = [Answer(*row) for row in predictions]
-    found, start = {"all": describe(answers)}, 0
+    columns = {
+        name: [function(row.prompt or "", row.predict, row.label) for row in predictions]
+        for name, function in DESCRIPTIONS.items()
+    }
+    places, start = {"all": slice(None)}, 0
     for name, size in sizes.items():
-        found[name] = describe(answers[start : start + size])
-        start += size
-    said = f"chrf:{chrf_scorer().get_signature()}|means-over-records|n:{len(answers)}"
-    return {"descriptions": found, "descriptions_signature": said}
+        places[name] = slice(start, start := start + size)
+    means = {
+        part: {
+            name: _mean([value for value in column[place] if value is not None]) for name, column in columns.items()
+        }
+        for part, place in places.items()
+    }
+    said = f"chrf:{chrf_scorer().get_signature()}|means-over-records|n:{len(predictions)}"
+    return {"descriptions": means, "descriptions_signature": said}
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _names(sizes: dict[str, int]) -> Iterator[str]:

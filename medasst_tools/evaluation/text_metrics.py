@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from rapidfuzz.distance import LCSseq
 
@@ -142,38 +142,29 @@ PRIMARY = "rouge-l"  # said before anything is run; the others are adjusted for 
 
 
 # ---- descriptions: what answers are like beyond n-grams in common; shown, never judged ------------------------------
-class Answer(NamedTuple):
-    """One answer beside what was asked, history and system prompt included, and its reference."""
-
-    prompt: str
-    predict: str
-    label: str
-
-
 NUMBER = re.compile(r"\d+(?:\.\d+)?|[一二两三四五六七八九十百半]+(?=[天周日月年岁次片粒颗丸袋支瓶滴毫克])")
 
 
-def length_ratio(answer: Answer) -> float | None:
+def length_ratio(prompt: str, predict: str, label: str) -> float | None:
     """Return the answer's length over the reference's, in characters; None without a reference."""
-    return len(answer.predict) / len(answer.label) if answer.label else None
+    return len(predict) / len(label) if label else None
 
 
-def repeated_4_grams(answer: Answer) -> float | None:
+def repeated_4_grams(prompt: str, predict: str, label: str) -> float | None:
     """Return the share, in percent, of the answer's 4-grams of characters that stood in it before; None below 4 characters."""
-    ngrams = [answer.predict[at : at + 4] for at in range(len(answer.predict) - 3)]
+    ngrams = [predict[at : at + 4] for at in range(len(predict) - 3)]
     return 100 * (1 - len(set(ngrams)) / len(ngrams)) if ngrams else None
 
 
-def new_numbers(answer: Answer) -> float:
+def new_numbers(prompt: str, predict: str, label: str) -> float:
     """Return how many different numbers and doses the answer has that neither question nor reference has."""
-    said, *known = (set(NUMBER.findall(unicodedata.normalize("NFKC", text))) for text in
-                    (answer.predict, answer.prompt, answer.label))  # fmt: skip
+    said, *known = (set(NUMBER.findall(unicodedata.normalize("NFKC", text))) for text in (predict, prompt, label))
     return len(said.difference(*known))
 
 
-def chrf(answer: Answer) -> float:
+def chrf(prompt: str, predict: str, label: str) -> float:
     """Return sacrebleu's sentence chrF, from 0 to 100."""
-    return chrf_scorer().sentence_score(answer.predict, [answer.label]).score
+    return chrf_scorer().sentence_score(predict, [label]).score
 
 
 @functools.cache
@@ -184,17 +175,10 @@ def chrf_scorer():
     return CHRF()
 
 
-# What describes answers: a function of an Answer, None where it says nothing, and a line here.
-DESCRIPTIONS: dict[str, Callable[[Answer], float | None]] = {
+# What describes answers: a function of prompt (history included), answer and reference, None where it says nothing, and a line here.
+DESCRIPTIONS: dict[str, Callable[[str, str, str], float | None]] = {
     "length-ratio": length_ratio,
     "repeated-4-grams": repeated_4_grams,
     "new-numbers": new_numbers,
     "chrf": chrf,
 }
-
-
-def describe(answers: Sequence[Answer]) -> dict[str, float | None]:
-    """Return the mean of each description over the answers of which it says something, None if of none."""
-    columns = {name: [value for one in answers if (value := function(one)) is not None]
-               for name, function in DESCRIPTIONS.items()}  # fmt: skip
-    return {name: sum(values) / len(values) if values else None for name, values in columns.items()}
