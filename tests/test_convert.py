@@ -1,14 +1,17 @@
 """medasst convert: layouts, containers, dirt, accounting, whole files or none, and what people's own corpora look like."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -21,8 +24,8 @@ from hypothesis import strategies as st
 
 from medasst_tools import cli
 from medasst_tools.data import add_corpus, convert, registry
-from medasst_tools.data.layouts import LAYOUTS, ODD_TAIL, NotKept, likely_layout, read_value
-from medasst_tools.data.raw_files import BOM, MAX_RECORD_BYTES, leaves_archive, read_records
+from medasst_tools.data.layouts import LAYOUTS, ODD_TAIL, likely_layout, reader
+from medasst_tools.data.raw_files import BOM, MAX_RECORD_BYTES, NotKept, leaves_archive, read_records
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
 
@@ -230,7 +233,7 @@ def skipped(reason: str) -> tuple[str, bool]:
 def test_one_raw_record(layout, raw, expected):
     value = raw.decode().rstrip("\r").split("\t") if layout == "columns" else json.loads(raw)
     try:
-        record = read_value(layout, value)
+        record = reader(layout)(value)
         record.pop(ODD_TAIL, None)
     except NotKept as reason:
         record = (str(reason), reason.by_design)
@@ -239,7 +242,7 @@ def test_one_raw_record(layout, raw, expected):
 
 def test_every_turn_is_asked_with_its_history():
     record = QA | {"id": "j7", "history": [["一", "二"], ["三", "四"]]}
-    turns = read_value("dialogue_turns", record)
+    turns = reader("dialogue_turns")(record)
     assert [(turn["instruction"], turn["output"], len(turn["history"])) for turn in turns] == [
         ("一", "二", 0), ("三", "四", 1), (QA["instruction"], QA["output"], 2),
     ]  # fmt: skip
@@ -299,6 +302,15 @@ def zipped(data: bytes, name: str = "folder/raw.txt") -> bytes:
     return buffer.getvalue()
 
 
+def tarred(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo("raw.jsonl")
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -312,8 +324,9 @@ def zipped(data: bytes, name: str = "folder/raw.txt") -> bytes:
         gzip.compress(b"\n".join(map(dump, RECORDS))),
         zipped(dump(RECORDS)),
         BOM + dump(RECORDS),
+        BOM + BOM + b"\n".join(map(dump, RECORDS)),
     ],
-    ids=["lines", "bom-crlf", "array-4", "array-compact", "array-per-line", "wrapped", "wrapped-indented", "gzip", "zip", "array-bom"],
+    ids=["lines", "bom-crlf", "array-4", "array-compact", "array-per-line", "wrapped", "wrapped-indented", "gzip", "zip", "array-bom", "two-boms"],
 )  # fmt: skip
 def test_containers_by_content(tmp_path, data):
     records, rejected, _ = converted(tmp_path, "medchatzh_train", data)
@@ -377,6 +390,16 @@ def test_a_huge_line_is_rejected_at_no_cost_and_the_next_is_read(tmp_path):
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
         (dump(QA).decode().encode("utf-16"), "UTF-16"),
+        (dump(QA).decode().encode("utf-16-be"), "UTF-16"),
+        (dump(QA).decode().encode("utf-32"), "UTF-32"),
+        (dump(QA).decode().encode("utf-32-be"), "UTF-32"),
+        (lzma.compress(dump(QA)), "packed with xz"),
+        (gzip.compress(bz2.compress(dump(QA))), "packed with bzip2"),
+        (gzip.compress(gzip.compress(dump(QA))), "gzip more than once"),
+        (gzip.compress(b"", mtime=0), "is empty"),
+        (zipped(zipped(dump(QA))), "a zip archive in another"),
+        (zipped(gzip.compress(dump(QA))), "gzip more than once"),
+        (gzip.compress(tarred(dump(QA))), "a tar archive"),
         (gzip.compress(dump(QA) * 1000)[:-20], "damaged"),
         (gzip.compress(dump(QA) * 1000)[:20] + b"\x00" * 40 + gzip.compress(dump(QA) * 1000)[60:], "damaged"),
         (gzip.compress(b" " * 100_000_000), "a zip bomb?"),
@@ -592,7 +615,7 @@ def test_a_killed_worker_is_one_line(tmp_path, capsys, monkeypatch):
         write_raw(tmp_path / "raw", name, dump(QA) * 2)
     before = files_of(tmp_path / "out")
     monkeypatch.setattr(convert, "WORTH_A_POOL", 1)
-    monkeypatch.setattr(convert, "outcomes", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(convert, "line_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert run_convert(tmp_path, "--workers", "2") == 2
     assert "a worker process was killed" in capsys.readouterr().err
     assert files_of(tmp_path / "out") == before

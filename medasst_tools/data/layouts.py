@@ -6,8 +6,11 @@ stays as it is, but for white space at both ends and zero-width characters.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
+
+from medasst_tools.data.raw_files import NotKept
 
 ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")
 MARKER = re.compile(r"\s*(问|答)[:：]")
@@ -21,14 +24,6 @@ ANSWER_NAMES = (
 )  # fmt: skip
 USERS, ASSISTANTS, SYSTEMS = ("user", "human"), ("assistant", "gpt", "bot", "model"), ("system", "developer")
 ODD_TAIL = "odd_tail"  # a mark on a record that lost an unanswered last question; it isn't written
-
-
-class NotKept(Exception):
-    """Why a raw record gives no record: by design (skipped), or because it is bad input (rejected)."""
-
-    def __init__(self, reason: str, by_design: bool = False):
-        super().__init__(reason)
-        self.by_design = by_design
 
 
 def clean(text: str) -> str:
@@ -279,25 +274,37 @@ LAYOUTS: dict[str, Callable[..., dict[str, Any] | list[dict[str, Any]]]] = {
 LISTS = ("columns", "pairs")  # their raw records are lists, all others' are objects
 
 
-def read_value(
-    layout: str, value: Any, columns: dict[str, str] | None = None
-) -> dict[str, Any] | list[dict[str, Any]]:
-    """Return what a raw record's parsed value gives; NotKept if nothing. columns: {"question", "answer"} of layout qa."""
-    if layout in LISTS:
-        if not isinstance(value, list):
-            raise NotKept("not a list")
-    elif not isinstance(value, dict):
-        raise NotKept("not an object")
-    return LAYOUTS[layout](value, **columns) if columns else LAYOUTS[layout](value)
+def reader(
+    layout: str, columns: dict[str, str] | None = None
+) -> Callable[[Any], dict[str, Any] | list[dict[str, Any]]]:
+    """Return the function of a raw record's parsed value, which raises NotKept. columns: {"question", "answer"} of layout qa."""
+    read, kind = partial(LAYOUTS[layout], **columns) if columns else LAYOUTS[layout], list if layout in LISTS else dict
+
+    def read_value(value: Any) -> dict[str, Any] | list[dict[str, Any]]:
+        if type(value) is not kind:
+            raise value if isinstance(value, NotKept) else NotKept(f"not {'a list' if kind is list else 'an object'}")
+        return read(value)
+
+    return read_value
+
+
+def records_of(value: Any, read_value: Callable[[Any], dict[str, Any] | list[dict[str, Any]]]) -> Sequence[Any]:
+    """Return all that a raw record's value gives: records, or NotKept that says why there is none."""
+    try:
+        found = read_value(value)
+    except NotKept as reason:
+        return (reason,)
+    return found if type(found) is list else (found,)
 
 
 def likely_layout(values: list[Any]) -> str | None:
     """Return the layout in which most of these values can be read, the most special first; None if none reads half of them."""
     usable = dict.fromkeys(LAYOUTS, 0)
     for layout in usable:
+        read_value = reader(layout)
         for value in values:
             try:
-                read_value(layout, value)
+                read_value(value)
                 usable[layout] += 1
             except NotKept as reason:
                 usable[layout] += reason.by_design

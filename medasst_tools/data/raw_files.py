@@ -4,6 +4,7 @@ plain text columns; plain, gzip or zip; a folder of such files.
 What a file is, its content says, not its name (but for .csv, .tsv and .parquet).
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO
 
 import orjson
 
@@ -25,22 +26,39 @@ PEEKED = 1 << 20  # bytes that are looked at to tell a container
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more
 BOM, NEWLINE = b"\xef\xbb\xbf", ord("\n")
 UTF8, CHINESE = "utf-8", "gb18030"
+WIDE = (  # the longer marks first: a UTF-32 one begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+PACKED = {  # how files begin that aren't text, also when they lie in a gzip or zip that was unpacked here
+    b"\xfd7zXZ\0": "packed with xz",
+    b"BZh": "packed with bzip2",
+    b"\x28\xb5\x2f\xfd": "packed with zstd",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+    b"\x1f\x8b": "packed with gzip more than once",
+    b"PK\x03\x04": "a zip archive in another",
+    b"PAR1": "Parquet under another name",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
+    b"%PDF": "a PDF",
+}
 # keys whose list of objects is one record's dialogue, not a wrapped array of records
 DIALOGUE_KEYS = ("messages", "conversations", "conversation", "history", "data")
 
 
-class Unreadable(NamedTuple):
-    """In place of a record's value: why there is none."""
+class NotKept(Exception):
+    """Why a raw record gives no record: by design (skipped), or because it is bad input (rejected)."""
 
-    reason: str
+    def __init__(self, reason: str, by_design: bool = False):
+        super().__init__(reason)
+        self.by_design = by_design
 
 
-class Raw(NamedTuple):
-    """One raw record: the line it starts on (of an array or a table, its number), its bytes, its parsed value or Unreadable."""
-
-    line: int
-    data: bytes
-    value: Any
+# The line a raw record starts on (of an array or a table, its number), its bytes, its parsed value or why there is none. A
+# plain tuple: making a million named ones takes as long as parsing half of them.
+Raw = tuple[int, bytes, Any]
 
 
 def read_records(path: Path, layout: str = "", encoding: str = UTF8) -> Iterator[Raw]:
@@ -151,18 +169,27 @@ class _Limited(io.RawIOBase):
 
 def _after_bom(path: Path, stream: Any) -> io.BufferedReader:
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, PEEKED)
-    head = buffered.peek(4)[:4]
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path.name}")
-    if head.startswith(BOM):
+    head = buffered.peek(512)[:512]
+    if not head:
+        raise UserError(f"{path} is empty; get it again")
+    if wide := next((name for mark, name in WIDE if head.startswith(mark)), _wide_ascii(head[:4])):
+        raise UserError(f"{path} is {wide}; convert it first: iconv -f {wide} -t UTF-8 {path.name}")
+    packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), "")
+    if packed or head[257:262] == b"ustar":
+        raise UserError(f"{path} is {packed or 'a tar archive'}; unpack it and give the text file in it")
+    while buffered.peek(len(BOM)).startswith(BOM):  # two programs may have written one each
         buffered.read(len(BOM))
     return buffered
 
 
+def _wide_ascii(head: bytes) -> str:
+    """Name the encoding without a mark in which a file begins with ASCII, {" or [{ say; empty if it is none of these."""
+    width = {2: "UTF-16", 3: "UTF-32"}.get(head.count(b"\0"))
+    return f"{width}{'BE' if head[0] == 0 else 'LE'}" if width else ""
+
+
 def is_chinese_encoding(path: Path) -> bool:
     """Say whether a file that isn't UTF-8 is GB18030 (GBK, GB2312) from its first byte to its last."""
-    import codecs
-
     decoder = codecs.getincrementaldecoder(CHINESE)()
     with open_raw(path) as stream:
         try:
@@ -218,18 +245,22 @@ def _lines(stream: BinaryIO, parse: Callable[[bytes, str], Any], encoding: str) 
             while (more := stream.readline(1 << 17)) and not more.endswith(b"\n"):
                 pass  # the rest of a line that is rejected for its length
             reason = f"longer than {MAX_RECORD_BYTES} bytes, its first 4096 are kept here"
-            yield Raw(number, line[:4096], Unreadable(reason))
+            yield number, line[:4096], NotKept(reason)
             continue
-        yield Raw(number, line, parse(line, encoding))
+        yield number, line, parse(line, encoding)
 
 
 def _json(line: bytes, encoding: str) -> Any:
     try:
         return orjson.loads(line if encoding == UTF8 else line.decode(encoding))
     except UnicodeDecodeError:
-        return Unreadable(f"not {encoding}")
+        return NotKept(f"not {encoding}")
     except (orjson.JSONDecodeError, RecursionError):
-        return Unreadable("not JSON" if _decodes(line) else "not UTF-8")
+        return _blank(line) or NotKept("not JSON" if _decodes(line) else "not UTF-8")
+
+
+def _blank(line: bytes) -> NotKept | None:
+    return None if line.strip() else NotKept("blank line", by_design=True)
 
 
 def _decodes(data: bytes) -> bool:
@@ -240,12 +271,12 @@ def _decodes(data: bytes) -> bool:
     return True
 
 
-def _columns(line: bytes, encoding: str) -> list[str] | Unreadable:
+def _columns(line: bytes, encoding: str) -> list[str] | NotKept:
     """Split on the tab itself: csv's quoting swallows lines."""
     try:
-        return line.rstrip(b"\r").decode(encoding).split("\t")
+        return _blank(line) or line.rstrip(b"\r").decode(encoding).split("\t")
     except UnicodeDecodeError:
-        return Unreadable("not UTF-8" if encoding == UTF8 else f"not {encoding}")
+        return NotKept("not UTF-8" if encoding == UTF8 else f"not {encoding}")
 
 
 def _array(path: Path, stream: BinaryIO, encoding: str) -> Iterator[Raw]:
@@ -263,7 +294,7 @@ def _array(path: Path, stream: BinaryIO, encoding: str) -> Iterator[Raw]:
     for number, element in enumerate(value, 1):
         data = orjson.dumps(element)
         long = len(data) > MAX_RECORD_BYTES
-        yield Raw(number, data, Unreadable(f"longer than {MAX_RECORD_BYTES} bytes") if long else element)
+        yield number, data, NotKept(f"longer than {MAX_RECORD_BYTES} bytes") if long else element
 
 
 class NotOneJson(UserError):
@@ -297,8 +328,8 @@ def _table(path: Path, stream: BinaryIO, encoding: str, delimiter: str) -> Itera
         data = delimiter.join(str(value) for value in [*row.values(), *(more or [])] if value is not None)
         data = data.encode(UTF8, "surrogateescape")
         whole = more is None and None not in row.values()
-        value = row if whole else Unreadable(f"not {len(row)} columns")
-        yield Raw(number, data, value if _decodes(data) else Unreadable("not UTF-8"))
+        value = row if whole else _blank(data) or NotKept(f"not {len(row)} columns")
+        yield number, data, value if _decodes(data) else NotKept("not UTF-8")
 
 
 def _parquet(path: Path) -> Iterator[Raw]:
@@ -307,6 +338,6 @@ def _parquet(path: Path) -> Iterator[Raw]:
 
     try:
         for number, row in enumerate(load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1):
-            yield Raw(number, orjson.dumps(row, default=str), row)
+            yield number, orjson.dumps(row, default=str), row
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} can't be read as Parquet: {' '.join(str(error).split())[:200]}") from None
