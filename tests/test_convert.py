@@ -131,6 +131,7 @@ def skipped(reason: str) -> tuple[str, bool]:
         ),
         ("turns", dump({"data": ["问：一\n", "答：二"]}), alpaca("一", "二", [])),
         ("turns", dump({"data": ["问:一", "答: 二", "问：三", "答：四"]}), alpaca("三", "四", [["一", "二"]])),
+        ("turns", dump({"data": ["问 ：一", "\ufeff答： 二"]}), alpaca("一", "二", [])),
         ("turns", dump({"data": ["一", "二"]}), alpaca("一", "二", [])),
         ("turns", dump({"data": ["问：一", "答：二", "问：三"]}), alpaca("一", "二", [])),  # an odd tail
         ("turns", dump({"data": ["问：一", "答：二", "答：三"]}), rejected("turns do not alternate")),
@@ -398,6 +399,11 @@ def test_a_huge_line_is_rejected_at_no_cost_and_the_next_is_read(tmp_path):
         (gzip.compress(gzip.compress(dump(QA))), "gzip more than once"),
         (gzip.compress(b"", mtime=0), "is empty"),
         (zipped(zipped(dump(QA))), "a zip archive in another"),
+        (zipped(b"<x/>", "[Content_Types].xml"), "save it as CSV"),
+        (
+            '{"instruction": "頭痛怎麼辦？應該看醫生嗎", "output": "請休息"}'.encode("big5"),
+            "neither UTF-8 nor GB18030",
+        ),
         (zipped(gzip.compress(dump(QA))), "gzip more than once"),
         (gzip.compress(tarred(dump(QA))), "a tar archive"),
         (gzip.compress(dump(QA) * 1000)[:-20], "damaged"),

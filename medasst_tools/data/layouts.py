@@ -13,7 +13,7 @@ from typing import Any
 from medasst_tools.data.raw_files import NotKept
 
 ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")
-MARKER = re.compile(r"\s*(问|答)[:：]")
+MARKER = re.compile(r"\s*(问|答)\s*[:：]")
 URL_ONLY = re.compile(r"(?:https?://|www\.)[^\s\u3000-\u303f\uff00-\uffef\u4e00-\u9fff]+")
 # the names under which people have questions and answers, likeliest first
 QUESTION_NAMES = (

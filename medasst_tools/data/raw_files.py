@@ -8,6 +8,7 @@ import codecs
 import csv
 import gzip
 import io
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ PEEKED = 1 << 20  # bytes that are looked at to tell a container
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more
 BOM, NEWLINE = b"\xef\xbb\xbf", ord("\n")
 UTF8, CHINESE = "utf-8", "gb18030"
+PRIVATE_USE = re.compile("[\ue000-\uf8ff]")
 WIDE = (  # the longer marks first: a UTF-32 one begins with UTF-16's
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -124,6 +126,8 @@ def _zip_member(path: Path, file: BinaryIO) -> Iterator[io.RawIOBase]:
             raise UserError(
                 f"{path} holds {unsafe[0]!r}, a path that leaves the archive; it is not the published file"
             )
+        if any(info.filename == "[Content_Types].xml" for info in members):
+            raise UserError(f"{path} is an Excel or Word file; save it as CSV in UTF-8")
         if len(members) != 1:
             names = ", ".join(info.filename for info in members[:5]) or "nothing"
             raise UserError(f"{path} must hold one text file, holds {names}; unpack it and give the text file")
@@ -189,16 +193,20 @@ def _wide_ascii(head: bytes) -> str:
 
 
 def is_chinese_encoding(path: Path) -> bool:
-    """Say whether a file that isn't UTF-8 is GB18030 (GBK, GB2312) from its first byte to its last."""
-    decoder = codecs.getincrementaldecoder(CHINESE)()
+    """Say whether a file that isn't UTF-8 is GB18030 (GBK, GB2312) from its first byte to its last.
+
+    Big5's bytes can mostly be read as GB18030 too; then a tenth of the signs and more are of the private use area.
+    """
+    decoder, signs, private = codecs.getincrementaldecoder(CHINESE)(), 0, 0
     with open_raw(path) as stream:
         try:
-            while data := stream.read(1 << 20):
-                decoder.decode(data)
+            while data := stream.read(PEEKED):
+                text = decoder.decode(data)
+                signs, private = signs + len(text), private + len(PRIVATE_USE.findall(text))
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             return False
-    return True
+    return private * 50 <= signs
 
 
 # ---- containers -----------------------------------------------------------------------------------------------------
