@@ -482,6 +482,8 @@ def _true_shape(dataset: Dataset, path: Path, entry: dict[str, Any]) -> str:
     """Say what a file of which nearly all is rejected looks like instead; empty if nothing fits better."""
     if _rejected_share(entry) < 0.9:
         return ""
+    if entry["rejected"].get("not UTF-8", 0) * 2 > entry["read"]:
+        return " (neither UTF-8 nor GB18030; give its --encoding: big5?)"
     values = []
     for _, _, value in islice(read_records(path, "", entry["encoding"]), LOOKED_AT):
         if not isinstance(value, NotKept):
