@@ -129,6 +129,18 @@ def skipped(reason: str) -> tuple[str, bool]:
             dump({"questions": ["问"], "answers": ["见 https://a.cn/1.htm"]}),
             alpaca("问", "见 https://a.cn/1.htm"),
         ),
+        ("qa", dump({"instruction": "问", "input": "三天", "response": "答"}), alpaca("问", "答", more="三天")),
+        ("qa", dump({"question": "问", "answer": "答", "system": "助手"}), alpaca("问", "答") | {"system": "助手"}),
+        (
+            "history",
+            dump({"prompt": "问", "response": "答", "history": [turn("user", "一"), turn("assistant", "二")]}),
+            alpaca("问", "答", [["一", "二"]]),
+        ),
+        (
+            "history",
+            dump({"q": "问", "a": "答", "history": [turn("user", "一")]}),
+            rejected("history ends with a question"),
+        ),
         ("turns", dump({"data": ["问：一\n", "答：二"]}), alpaca("一", "二", [])),
         ("turns", dump({"data": ["问:一", "答: 二", "问：三", "答：四"]}), alpaca("三", "四", [["一", "二"]])),
         ("turns", dump({"data": ["问 ：一", "\ufeff答： 二"]}), alpaca("一", "二", [])),
@@ -254,7 +266,7 @@ def test_every_turn_is_asked_with_its_history():
     ("values", "layout"),
     [
         ([QA], "instruction"), ([QA | {"history": [["a", "b"]]}], "instruction"), ([{"q": "a", "a": "b"}], "qa"),
-        ([{"prompt": "a", "response": "b", "history": [["c", "d"]]}], "history"), ([["a", "b"]], "pairs"),
+        ([{"prompt": "a", "response": "b", "history": [["c", "d"]]}], "history"), ([{"q": "a", "a": "b", "history": ["c"]}], None), ([["a", "b"]], "pairs"),
         ([{"messages": [turn("user", "a"), turn("assistant", "b")]}], "messages"),
         ([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}], "sharegpt"),
         ([{"data": ["问：a", "答：b"]}], "turns"), ([{"questions": [["a"]], "answers": ["b"]}], "encyclopedia"),
@@ -322,12 +334,14 @@ def tarred(data: bytes) -> bytes:
         b" \n[" + b",\n".join(map(dump, RECORDS)) + b"]\n",
         dump({"data": RECORDS}),
         json.dumps({"version": 1, "train": RECORDS}, indent=2).encode(),
+        dump({str(number): record for number, record in enumerate(RECORDS)}),
+        json.dumps({str(number): record for number, record in enumerate(RECORDS)}, indent=2).encode(),
         gzip.compress(b"\n".join(map(dump, RECORDS))),
         zipped(dump(RECORDS)),
         BOM + dump(RECORDS),
         BOM + BOM + b"\n".join(map(dump, RECORDS)),
     ],
-    ids=["lines", "bom-crlf", "array-4", "array-compact", "array-per-line", "wrapped", "wrapped-indented", "gzip", "zip", "array-bom", "two-boms"],
+    ids=["lines", "bom-crlf", "array-4", "array-compact", "array-per-line", "wrapped", "wrapped-indented", "by-id", "by-id-indented", "gzip", "zip", "array-bom", "two-boms"],
 )  # fmt: skip
 def test_containers_by_content(tmp_path, data):
     records, rejected, _ = converted(tmp_path, "medchatzh_train", data)
@@ -400,10 +414,6 @@ def test_a_huge_line_is_rejected_at_no_cost_and_the_next_is_read(tmp_path):
         (gzip.compress(b"", mtime=0), "is empty"),
         (zipped(zipped(dump(QA))), "a zip archive in another"),
         (zipped(b"<x/>", "[Content_Types].xml"), "save it as CSV"),
-        (
-            '{"instruction": "頭痛怎麼辦？應該看醫生嗎", "output": "請休息"}'.encode("big5"),
-            "neither UTF-8 nor GB18030",
-        ),
         (zipped(gzip.compress(dump(QA))), "gzip more than once"),
         (gzip.compress(tarred(dump(QA))), "a tar archive"),
         (gzip.compress(dump(QA) * 1000)[:-20], "damaged"),
@@ -412,6 +422,7 @@ def test_a_huge_line_is_rejected_at_no_cost_and_the_next_is_read(tmp_path):
         (b'[{"instruction": "a"},\n {"instruction": }]', "is broken JSON, line 2, column 18"),
         (dump([QA])[:-3], "is broken JSON, line 1"),
         (b"[" * 100_000, "is broken JSON"),
+        (dump({"train": [QA, QA], "test": [QA]}), "holds several lists of records: train, test"),
         (b"[" + "\u5934".encode("gbk") * 1 + b"\xff\xff]", "neither UTF-8 nor GB18030"),
     ],
 )
@@ -466,6 +477,15 @@ def test_gb18030_is_read_and_said(tmp_path, capsys, as_array):
     records, rejected, entry = converted(tmp_path, "medchatzh_train", text.encode("gb18030"))
     assert [record["output"] for record in records] == [f"答{number}。" for number in range(5)] and not rejected
     assert entry["encoding"] == "gb18030" and "read as gb18030" in capsys.readouterr().out
+
+
+def test_big5_is_not_taken_for_gb18030(tmp_path, capsys):
+    data = '{"instruction": "頭痛怎麼辦？應該看醫生嗎", "output": "請休息"}'.encode("big5")
+    write_raw(tmp_path / "raw", "medchatzh_train", data)
+    assert cli.main(words_for(tmp_path)) == 1
+    assert "neither UTF-8 nor GB18030; give its --encoding: big5?" in capsys.readouterr().err
+    records, _, entry = converted(tmp_path, "medchatzh_train", data, "--encoding", "big5")
+    assert records[0]["output"] == "請休息" and entry["encoding"] == "big5"
 
 
 def test_an_encoding_can_be_given(tmp_path, capsys):
@@ -742,6 +762,9 @@ OWN_FILES = {
     "wrapped.json": dump({"data": [QA | {"instruction": f"问{n}", "output": f"答{n}。"} for n in range(40)]}),
     "pairs.jsonl": b"\n".join(dump([f"问{n}", f"答{n}。"]) for n in range(40)),
     "gbk.jsonl": "\n".join(json.dumps({"question": f"问{n}", "answer": f"答{n}。"}, ensure_ascii=False) for n in range(40)).encode("gbk"),
+    "gbk.csv": ("问题,回答\n" + "".join(f"问{n},答{n}。\n" for n in range(40))).encode("gbk"),
+    "semicolons.csv": ("question;answer\n" + "".join(f"问{n};答{n}。\n" for n in range(40))).encode(),
+    "by_id.json": dump({f"id{n}": {"question": f"问{n}", "answer": f"答{n}。"} for n in range(40)}),
     "rows.parquet": PARQUET,
 }  # fmt: skip
 
@@ -763,7 +786,7 @@ def test_a_corpus_of_ones_own(tmp_path, own, capsys, name):
     train, test = (json_lines(tmp_path / f"out/clinic_{part}.jsonl") for part in ("train", "test"))
     assert sorted(record["output"] for record in train + test) == sorted(f"答{n}。" for n in range(40))
     assert 4 <= len(test) <= 20 and not {r["instruction"] for r in train} & {r["instruction"] for r in test}
-    assert manifest_of(tmp_path)["clinic_train"]["encoding"] == ("gb18030" if name == "gbk.jsonl" else "utf-8")
+    assert manifest_of(tmp_path)["clinic_train"]["encoding"] == ("gb18030" if name.startswith("gbk") else "utf-8")
 
 
 def test_names_of_columns_and_a_folder_of_files(tmp_path, own, capsys):
@@ -784,6 +807,7 @@ def test_names_of_columns_and_a_folder_of_files(tmp_path, own, capsys):
     [
         (["none.jsonl", "--name", "x"], "no none.jsonl"),
         (["FILE", "--name", "A b"], "--name is 'A b'"),
+        (["FILE", "--name", "medchatzh"], "a corpus of corpora.yaml"),
         (["FILE", "--name", "huatuo_encyclopedia"], "is a dataset of huatuo_encyclopedia_qa; give another --name"),
         (["FILE", "--name", "x", "--layout", "message"], "did you mean 'messages'?"),
         (["FILE", "--name", "x", "--columns", "q,a"], "--columns is 'q,a', must be question=NAME,answer=NAME"),

@@ -15,7 +15,7 @@ import yaml
 from medasst_tools.config import nearest, read_yaml
 from medasst_tools.data.layouts import LAYOUTS, likely_layout, reader, records_of
 from medasst_tools.data.raw_files import CHINESE, UTF8, NotKept, NotOneJson, is_chinese_encoding, read_records
-from medasst_tools.data.registry import OWN, Corpus, load_datasets
+from medasst_tools.data.registry import OWN, REGISTRY, Corpus, load_datasets
 from medasst_tools.errors import UserError
 from medasst_tools.files import write_text
 
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--name is {args.name!r}, must be lower-case letters, digits and _, a letter first")
     if not args.file.exists():
         raise UserError(f"no {args.file}; see that the name is right")
+    if args.name in read_yaml(REGISTRY):
+        raise UserError(f"--name is {args.name!r}, a corpus of {REGISTRY.name}; give another")
     taken = [one for one in load_datasets().values() if one.name in (f"{args.name}_train", f"{args.name}_test")]
     if taken and taken[0].corpus.name != args.name:
         raise UserError(f"{taken[0].name} is a dataset of {taken[0].corpus.name}; give another --name")
@@ -98,7 +100,7 @@ def encoding_of(path: Path) -> str:
     except UnicodeDecodeError:
         values = [NotKept("not UTF-8")]
     strange = sum(isinstance(value, NotKept) and str(value) == "not UTF-8" for value in values)
-    return CHINESE if strange * 2 > len(values) and path.is_file() and is_chinese_encoding(path) else UTF8
+    return CHINESE if strange * 2 >= len(values) > 0 and path.is_file() and is_chinese_encoding(path) else UTF8
 
 
 def guess_layout(path: Path, encoding: str) -> str:
@@ -107,11 +109,17 @@ def guess_layout(path: Path, encoding: str) -> str:
     values = [value for value in found if not isinstance(value, NotKept)]
     if layout := likely_layout(values):
         return layout
-    first = next(iter(values or [value for value in found if not value.by_design]), "nothing")
+    if not values:
+        lost = [value for value in found if not value.by_design]
+        why = (
+            f"its lines are {lost[0]}; a table needs a header, and .csv or .tsv as its name's end"
+            if lost
+            else "it is blank"
+        )
+        raise UserError(f"{path} has no records: {why}")
+    first = values[0]
     shape = (
-        f"keys {', '.join(map(str, first))}"
-        if isinstance(first, dict)
-        else f"{type(first).__name__} {str(first)[:80]!r}"
+        f"keys {', '.join(map(str, first))}" if isinstance(first, dict) else f"{type(first).__name__} {first!r:.80}"
     )
     raise UserError(
         f"{path}: no layout fits its records ({shape}); give --layout, or --columns question=NAME,answer=NAME"

@@ -54,11 +54,17 @@ def _optional(record: dict[str, Any], key: str) -> str:
 
 
 def _history(record: dict[str, Any]) -> list[list[str]]:
+    """Return the earlier turns, given as pairs or as turns with a role each (ChatGLM3's way)."""
     history = record.get("history")
     if history is None:
         return []
     if not isinstance(history, list):
         raise NotKept("history is not a list")
+    if history and isinstance(history[0], dict):
+        _, texts = _alternating(history)
+        if len(texts) % 2:
+            raise NotKept("history ends with a question")
+        history = [texts[at : at + 2] for at in range(0, len(texts), 2)]
     pairs = []
     for pair in history:
         if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
@@ -187,10 +193,16 @@ def read_pair(pair: list[str]) -> dict[str, Any]:
 
 
 def read_qa(record: dict[str, Any], question: str | None = None, answer: str | None = None) -> dict[str, Any]:
-    """A question and an answer under any names; those given, else the first known ones that it has."""
+    """A question and an answer under any names, those given or the first known ones; `input` and `system` beside them."""
+    kept = _asked(record, question)
+    kept["output"] = _text(record, answer or _known_name(record, ANSWER_NAMES, "answer"))
+    return kept | {"system": _optional(record, "system")} if "system" in record else kept
+
+
+def _asked(record: dict[str, Any], question: str | None = None) -> dict[str, str]:
     question = question or _known_name(record, QUESTION_NAMES, "question")
-    answer = answer or _known_name(record, ANSWER_NAMES, "answer")
-    return {"instruction": _text(record, question), "input": "", "output": _text(record, answer)}
+    more = _optional(record, "input") if question in ("instruction", "prompt") else ""
+    return {"instruction": _text(record, question), "input": more}
 
 
 def _known_name(record: dict[str, Any], names: Iterable[str], what: str) -> str:
@@ -215,18 +227,25 @@ def _from_turns(record: dict[str, Any], key: str) -> dict[str, Any]:
     turns = record.get(key)
     if not isinstance(turns, list):
         raise NotKept(f"no {key}" if turns is None else f"{key} is not a list")
-    system, texts = _optional(record, "system"), []
+    systems, texts = _alternating(turns)
+    odd_tail = len(texts) % 2 == 1
+    system = "\n".join(filter(None, (_optional(record, "system"), *systems)))
+    return _dialogue(texts[: len(texts) - odd_tail], odd_tail) | {"system": system}
+
+
+def _alternating(turns: list[Any]) -> tuple[list[str], list[str]]:
+    """Return (system texts, the user's and the assistant's in turns, the user's first)."""
+    systems, texts = [], []
     for turn in turns:
         role, text = _role_and_text(turn)
         if role in SYSTEMS and not texts:
-            system = "\n".join(filter(None, (system, clean(text))))
+            systems.append(clean(text))
             continue
         if role not in (USERS, ASSISTANTS)[len(texts) % 2]:
             known = role in USERS + ASSISTANTS + SYSTEMS
             raise NotKept("turns do not alternate" if known else f"a turn of {role!r}")
         texts.append(clean(text))
-    odd_tail = len(texts) % 2 == 1
-    return _dialogue(texts[: len(texts) - odd_tail], odd_tail) | {"system": system}
+    return systems, texts
 
 
 def _role_and_text(turn: Any) -> tuple[str, str]:
@@ -248,13 +267,10 @@ def read_history(record: dict[str, Any]) -> dict[str, Any]:
 
 def read_preference(record: dict[str, Any]) -> dict[str, Any]:
     """A question with a better and a worse answer, `chosen` and `rejected`: LLaMA-Factory's ranking format, for DPO."""
-    question, input_ = _known_name(record, QUESTION_NAMES, "question"), ""
-    if question in ("instruction", "prompt"):
-        input_ = _optional(record, "input")
     answers = {key: _text(record, key) for key in ("chosen", "rejected")}
     if answers["chosen"] == answers["rejected"]:
         raise NotKept("chosen and rejected are the same")
-    return {"instruction": _text(record, question), "input": input_, **answers}
+    return _asked(record) | answers
 
 
 LAYOUTS: dict[str, Callable[..., dict[str, Any] | list[dict[str, Any]]]] = {
@@ -309,13 +325,9 @@ def likely_layout(values: list[Any]) -> str | None:
             except NotKept as reason:
                 usable[layout] += reason.by_design
     del usable["dialogue_turns"]
+    # qa reads most, and of those with a history would lose it
     has_history = any(isinstance(value, dict) and value.get("history") for value in values)
-    # instruction keeps a history too; qa, which reads most, would lose one
-    order = [
-        "instruction",
-        *(name for name in usable if name not in ("dialogue", "history", "qa")),
-        *["history"] * has_history,
-        "qa",
-    ]
+    order = ["instruction", *(name for name in usable if name not in ("dialogue", "history", "qa"))]
+    order.append("history" if has_history else "qa")
     best = max(order, key=lambda name: usable[name])
     return best if values and usable[best] * 2 >= len(values) else None

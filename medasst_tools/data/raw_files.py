@@ -78,7 +78,7 @@ def read_records(path: Path, layout: str = "", encoding: str = UTF8) -> Iterator
         return
     with open_raw(path) as stream:
         if kind in ("csv", "tsv") and layout != "columns":
-            yield from _table(path, stream, encoding, "," if kind == "csv" else "\t")
+            yield from _table(path, stream, encoding)
         elif layout == "columns":
             yield from _lines(stream, _columns, encoding)
         elif is_one_value(stream):
@@ -223,10 +223,7 @@ def is_one_value(stream: io.BufferedReader) -> bool:
     if not _parses(first):
         return first.strip() in (b"{", b"") or _opens_array(first)
     value = orjson.loads(first)
-    return not rest.strip() and any(
-        key not in DIALOGUE_KEYS[:-1] and isinstance(inner, list) and inner and isinstance(inner[0], dict)
-        for key, inner in value.items()
-    )
+    return not rest.strip() and (bool(_lists_of_records(value)) or _is_by_id(value))
 
 
 def _opens_array(first: bytes) -> bool:
@@ -235,6 +232,20 @@ def _opens_array(first: bytes) -> bool:
     return (
         key.rstrip().strip(b'"') not in [name.encode() for name in DIALOGUE_KEYS[:-1]] and value.lstrip()[:1] == b"["
     )
+
+
+def _lists_of_records(value: dict[str, Any]) -> dict[str, list]:
+    """Return the lists of objects in an object, but for one record's dialogue."""
+    return {
+        key: inner
+        for key, inner in value.items()
+        if key not in DIALOGUE_KEYS[:-1] and isinstance(inner, list) and inner and isinstance(inner[0], dict)
+    }
+
+
+def _is_by_id(value: dict[str, Any]) -> bool:
+    """Say whether an object holds records under their ids."""
+    return len(value) > 1 and all(isinstance(inner, dict) for inner in value.values())
 
 
 def _parses(data: bytes) -> bool:
@@ -297,12 +308,25 @@ def _array(path: Path, stream: BinaryIO, encoding: str) -> Iterator[Raw]:
     except (orjson.JSONDecodeError, RecursionError) as error:
         raise NotOneJson(path, text, error) from None
     if isinstance(value, dict):
-        lists = [inner for inner in value.values() if isinstance(inner, list)]
-        value = max(lists, key=len) if lists else [value]
+        value = _records_in(path, value)
     for number, element in enumerate(value, 1):
         data = orjson.dumps(element)
         long = len(data) > MAX_RECORD_BYTES
         yield number, data, NotKept(f"longer than {MAX_RECORD_BYTES} bytes") if long else element
+
+
+def _records_in(path: Path, value: dict[str, Any]) -> list[Any]:
+    """Return the records in an object around them; UserError if it has several lists, of which one alone would be read."""
+    lists = _lists_of_records(value)
+    if len(lists) > 1:
+        raise UserError(
+            f"{path} holds several lists of records: {', '.join(lists)}; write each into a file of its own"
+        )
+    if lists:
+        return next(iter(lists.values()))
+    if _is_by_id(value):
+        return list(value.values())
+    return next((inner for inner in value.values() if isinstance(inner, list)), [value])
 
 
 class NotOneJson(UserError):
@@ -318,8 +342,10 @@ class NotOneJson(UserError):
         super().__init__(f"{path} {what}; mend that place, get the file again, or write one record a line")
 
 
-def _table(path: Path, stream: BinaryIO, encoding: str, delimiter: str) -> Iterator[Raw]:
-    """Yield the rows of a table with a header as objects."""
+def _table(path: Path, stream: io.BufferedReader, encoding: str) -> Iterator[Raw]:
+    """Yield the rows of a table with a header as objects; its columns are parted by what the header has most of."""
+    header = stream.peek(PEEKED).partition(b"\n")[0].decode("latin-1")
+    delimiter = max(",\t;", key=header.count)
     csv.field_size_limit(MAX_RECORD_BYTES)
     text = io.TextIOWrapper(stream, encoding, errors="surrogateescape" if encoding == UTF8 else "strict", newline="")
     rows = csv.DictReader(text, delimiter=delimiter)
