@@ -30,7 +30,7 @@ CONFIG = json.dumps(QWEN2_7B).encode()
 def hub():
     """A hub that has owner/open; owner/closed is gated, and private on ModelScope."""
     server = Hub()
-    server.repositories = {"owner/open": {"config.json": CONFIG}, "owner/empty": {}, "owner/closed": {}}
+    server.repositories = {"owner/open": {"config.json": CONFIG}, "owner/closed": {}}
     server.gated, server.private = {"owner/closed"}, {"owner/closed"}
     yield server.url
     server.close()
@@ -71,12 +71,11 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-HF, MODELSCOPE = {"HF_HUB_OFFLINE": "0"}, {"USE_MODELSCOPE_HUB": "1", "MODELSCOPE_DOWNLOAD_RETRY_TIMES": "0"}
+HF, MODELSCOPE = {"HF_HUB_OFFLINE": "0"}, {"USE_MODELSCOPE_HUB": "1", "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0"}
 # model, environment beside the endpoint, what the one line says
 HUB_SITUATIONS = [
     ("owner/absent", HF, "Hugging Face's owner/absent doesn't exist, or is private and needs HF_TOKEN"),
     ("owner/closed", HF, "Hugging Face's owner/closed is gated: accept its terms on its page, then set HF_TOKEN"),
-    ("owner/empty", HF, "Hugging Face's owner/empty doesn't have it"),
     ("owner/open", {"HF_HUB_OFFLINE": "1"}, "owner/open isn't whole here, and HF_HUB_OFFLINE is set"),
     ("owner/absent", MODELSCOPE, "ModelScope's owner/absent doesn't have it"),
     ("owner/closed", MODELSCOPE, "needs a token (MODELSCOPE_API_TOKEN) that may read it"),

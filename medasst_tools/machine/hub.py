@@ -4,6 +4,7 @@
 USE_MODELSCOPE_HUB=1, else Hugging Face), at the clients' own endpoints with their own tokens.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -37,29 +38,39 @@ def locate(model: str, revision: str | None = None) -> tuple[Check, bool]:
         step = "an id is owner/name, as in Qwen/Qwen2-7B"
         return Check("fail", "model", f"{model!r} is no folder and no hub id", step), False
     hub, other = hubs_in_order()
-    try:
-        cached = look_at_folder(config_file(hub, model, revision, cached=True).parent)
+    with contextlib.suppress(Exception):  # what a client raises where nothing is cached
+        cached = look_at_folder(cached_folder(hub, model, revision))
         if cached.status == "ok":
             return cached._replace(detail=f"{model} is in {HUBS[hub].name}'s cache"), False
-    except Exception:  # not there
-        pass
     try:
-        config_file(hub, model, revision)
+        ask(hub, model, revision)
     except Exception as error:  # two clients with a dozen kinds of errors each
         step = f"give a folder, or USE_MODELSCOPE_HUB={int(other == 'modelscope')} asks {HUBS[other].name}"
         return Check("fail", "model", reason(error, hub, model), step), True
     return Check("ok", "model", f"{model} is on {HUBS[hub].name}, not yet downloaded"), True
 
 
-def config_file(hub: str, model: str, revision: str | None, cached: bool = False) -> Path:
-    """Return where a hub's client has put a model's config.json, cached: before now; raises what the client raises if it can't."""
+def cached_folder(hub: str, model: str, revision: str | None) -> Path:
+    """Return where a hub's client keeps a model; raises what the client raises if it doesn't."""
     if hub == "huggingface":
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=cached))
+        return Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=True)).parent
     from modelscope_hub import HubApi
 
-    return HubApi().download_file(model, "model", "config.json", revision=revision, local_files_only=cached)
+    return HubApi().download_repo(model, "model", revision=revision, local_files_only=True)
+
+
+def ask(hub: str, model: str, revision: str | None) -> None:
+    """Raise what a hub's client raises if it can't give the model."""
+    if hub == "huggingface":
+        from huggingface_hub import HfApi
+
+        HfApi().auth_check(model)
+    else:
+        from modelscope_hub import HubApi
+
+        HubApi().download_file(model, "model", "config.json", revision=revision)
 
 
 def look_at_folder(folder: Path) -> Check:
