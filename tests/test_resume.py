@@ -18,7 +18,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from medasst_tools import cli
-from medasst_tools.config import load
 from medasst_tools.files import sha256_of
 from medasst_tools.report.figures import read_losses
 from medasst_tools.training import checkpoints, train
@@ -28,8 +27,8 @@ def medasst_in_process(words: list[str], log: Path) -> None:
     """Run `medasst train` in a child that has imported LLaMA-Factory already; all that llamafactory-cli would do is real."""
     from llamafactory.train.tuner import run_exp
 
-    def launch_training(args, config, launch, lock=None):
-        run_exp(load(args.config, [*args.overrides, "include_num_input_tokens_seen=non_padding"]))
+    def launch_training(config, launch, lock=None):
+        run_exp(train.as_launched(config, launch))
 
     train.launch_training = launch_training
     os.environ["OMP_NUM_THREADS"] = "1"  # read at the first parallel region; a very small model is faster so
