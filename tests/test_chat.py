@@ -163,7 +163,7 @@ def asked_for(monkeypatch):
     for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", "GRADIO_SHARE", "CHAT_AUTH"):
         monkeypatch.delenv(name, raising=False)
 
-    def read(environment: dict[str, str]) -> chat.Address:
+    def read(environment: dict[str, str]) -> tuple:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         return chat.read_address()
@@ -182,7 +182,7 @@ def asked_for(monkeypatch):
 )
 def test_the_address(asked_for, environment, host, auth):
     port = free_port()
-    assert asked_for(environment | {"GRADIO_SERVER_PORT": str(port)}) == chat.Address(host, port, auth)
+    assert asked_for(environment | {"GRADIO_SERVER_PORT": str(port)}) == (host, port, auth)
 
 
 @pytest.mark.parametrize(
@@ -278,16 +278,16 @@ def script(monkeypatch, tmp_path):
     monkeypatch.setenv("V", "1")  # stdout stays pytest's
 
     def serve(auth=None, about=None, do_sample=False) -> str:
-        address = chat.Address("127.0.0.1", free_port(), auth)
+        port = free_port()
         serve.model = ScriptedModel(do_sample)
         monkeypatch.setattr(llamafactory.chat, "ChatModel", lambda config: serve.model)
         monkeypatch.setattr(generation, "Generation", serve.model.generation)
-        threading.Thread(target=chat.serve_page, args=(address, {}, about), daemon=True).start()
+        threading.Thread(target=chat.serve_page, args=(("127.0.0.1", port, auth), {}, about), daemon=True).start()
         for _ in range(240):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", address.port), timeout=1):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
                 break
             time.sleep(0.25)
-        return f"http://127.0.0.1:{address.port}/"
+        return f"http://127.0.0.1:{port}/"
 
     yield serve
     gradio.close_all()

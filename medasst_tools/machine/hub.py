@@ -39,20 +39,20 @@ def locate(model: str, revision: str | None = None) -> tuple[Check, bool]:
         return Check("fail", "model", f"{model!r} is no folder and no hub id", step), False
     hub, other = hubs_in_order()
     with contextlib.suppress(Exception):  # what a client raises where nothing is cached
-        cached = look_at_folder(cached_folder(hub, model, revision))
+        cached = look_at_folder(cached_folder(model, revision))
         if cached.status == "ok":
             return cached._replace(detail=f"{model} is in {HUBS[hub].name}'s cache"), False
     try:
-        ask(hub, model, revision)
+        ask(model, revision)
     except Exception as error:  # two clients with a dozen kinds of errors each
         step = f"give a folder, or USE_MODELSCOPE_HUB={int(other == 'modelscope')} asks {HUBS[other].name}"
         return Check("fail", "model", reason(error, hub, model), step), True
     return Check("ok", "model", f"{model} is on {HUBS[hub].name}, not yet downloaded"), True
 
 
-def cached_folder(hub: str, model: str, revision: str | None) -> Path:
-    """Return where a hub's client keeps a model; raises what the client raises if it doesn't."""
-    if hub == "huggingface":
+def cached_folder(model: str, revision: str | None) -> Path:
+    """Return where the hub's client keeps a model; raises what the client raises if it doesn't."""
+    if hubs_in_order()[0] == "huggingface":
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=True)).parent
@@ -61,9 +61,9 @@ def cached_folder(hub: str, model: str, revision: str | None) -> Path:
     return HubApi().download_repo(model, "model", revision=revision, local_files_only=True)
 
 
-def ask(hub: str, model: str, revision: str | None) -> None:
-    """Raise what a hub's client raises if it can't give the model."""
-    if hub == "huggingface":
+def ask(model: str, revision: str | None) -> None:
+    """Raise what the hub's client raises if it can't give the model."""
+    if hubs_in_order()[0] == "huggingface":
         from huggingface_hub import HfApi
 
         HfApi().auth_check(model)
