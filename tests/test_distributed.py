@@ -1,6 +1,7 @@
 """Several processes and machines: launches are checked, machines go on from one step, and two of them really train."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -190,20 +191,27 @@ def single_process(config: dict, log: Path) -> None:
 
 @pytest.fixture(scope="session")
 def reference(forkserver, cluster, tmp_path_factory):
-    """One process with the same records a step: {"batch 4": folder, "2 x 2": folder with two batches of 2 added up}."""
+    """Return a function that trains one process with the same records a step: in one batch of 4, or in two of 2 added up."""
     folder = tmp_path_factory.mktemp("reference")
     config = yaml.safe_load((cluster / "factory_configs/demo/train.yaml").read_text(encoding="utf-8"))
     config |= SETTINGS | {"plot_loss": False, "dataset_dir": str(cluster / "data/demo")}
     config |= {"model_name_or_path": str(cluster / "saves/demo_base"), "preprocessing_num_workers": None}
-    runs = {"batch 4": (4, 1), "2 x 2": (2, 2)}
-    for name, (batch, accumulated) in runs.items():
-        more = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
-        more["output_dir"] = str(folder / name)
-        process = forkserver.Process(target=single_process, args=(config | more, folder / f"{name}.log"))
+
+    @functools.cache
+    def train(batch: int) -> Path:
+        out, log = folder / str(batch), folder / f"{batch}.log"
+        more = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": 4 // batch,
+            "output_dir": str(out),
+        }
+        process = forkserver.Process(target=single_process, args=(config | more, log))
         process.start()
         process.join()
-        assert process.exitcode == 0, (folder / f"{name}.log").read_text()[-3000:]
-    return {name: folder / name for name in runs}
+        assert process.exitcode == 0, log.read_text()[-3000:]
+        return out
+
+    return train
 
 
 def assert_same_training(ours: Path, theirs: Path, steps: int) -> None:
@@ -241,21 +249,37 @@ def wait_for_all(nodes: list[subprocess.Popen], logs: Path) -> str:
 
 
 @pytest.mark.end_to_end
+def test_two_processes_train_as_one_does(cluster, reference, tmp_path):
+    """2 records each a step, through torchrun; one process with the same 4."""
+    shutil.rmtree(cluster / "saves/demo", ignore_errors=True)
+    arguments = words_of(SETTINGS | {"per_device_train_batch_size": 2})
+    log, port = tmp_path / "log", str(free_port())
+    with started(cluster, log, NPROC_PER_NODE="2", MASTER_PORT=port, ARGS=arguments) as launched:
+        folder = reference(4)  # at the same time
+        assert launched.wait() == 0, log.read_text()[-6000:]
+    assert "node 0 of 1, 2 process(es) each; a step takes 4 records in all" in log.read_text()
+    assert_two_trained_as(folder, cluster)
+
+
+def assert_two_trained_as(one: Path, cluster: Path) -> None:
+    assert_same_training(cluster / "saves/demo", one, steps=6)
+    run = json.loads((cluster / "saves/demo/run.json").read_text())
+    assert (run["processes"], run["steps"], run["resumed_from"]) == (2, 6, [])
+    states = {path.name for path in (cluster / "saves/demo/checkpoint-6").glob("rng_state*")}
+    assert states == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_two_machines_train_as_one_process_does(cluster, reference, tmp_path):
-    """Two launches of `make train` on loopback, a shared folder, 2 records each a step; one process with the same 4."""
+    """Two launches on loopback, a shared folder, 2 records each a step; one process with the same 4, or twice 2."""
     shutil.rmtree(cluster / "saves/demo", ignore_errors=True)
     settings = SETTINGS | {"per_device_train_batch_size": 2}
     with contextlib.ExitStack() as stack:
         said = wait_for_all(two_machines(cluster, tmp_path, settings, stack), tmp_path)
     assert "node 1 of 2, 1 process(es) each; a step takes 4 records in all" in said
-    for name in reference:
-        assert_same_training(cluster / "saves/demo", reference[name], steps=6)
-    run = json.loads((cluster / "saves/demo/run.json").read_text())
-    assert (run["processes"], run["steps"], run["resumed_from"]) == (2, 6, [])
-    assert {path.name for path in (cluster / "saves/demo/checkpoint-6").glob("rng_state*")} == {
-        "rng_state_0.pth",
-        "rng_state_1.pth",
-    }
+    for batch in (4, 2):
+        assert_two_trained_as(reference(batch), cluster)
 
 
 def wait_for_checkpoint(folder: Path, step: int, processes: list[subprocess.Popen], log: Path) -> None:
@@ -281,8 +305,7 @@ def test_two_machines_killed_go_on_from_the_last_whole_checkpoint(cluster, refer
     before = int(newest.name.split("-")[1]) - 2
     assert f"{newest.name} is skipped: it has 1 of 2 processes' random states" in said
     assert f"saves/demo: going on from step {before}" in said
-    for name in reference:
-        assert_same_training(saves, reference[name], steps=6)
+    assert_same_training(saves, reference(4), steps=6)
     assert json.loads((saves / "run.json").read_text())["resumed_from"] == [before]
 
 
@@ -307,8 +330,7 @@ def test_a_worker_that_dies_is_restarted_by_the_elastic_launch(cluster, referenc
         workers[1].kill()
         assert launched.wait() == 0, log.read_text()[-6000:]
     assert "Resuming training from" in log.read_text()
-    for name in reference:
-        assert_same_training(saves, reference[name], steps=6)
+    assert_same_training(saves, reference(4), steps=6)
 
 
 @pytest.mark.slow

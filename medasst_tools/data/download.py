@@ -27,16 +27,17 @@ from medasst_tools.render import CONFIGS_DIR, load_experiments, resolve
 
 
 class Hub(NamedTuple):
-    """What messages say of a hub: its name, and the variables that hold a token and a mirror's address."""
+    """What messages say of a hub, the variables that hold a token and a mirror's address, its key in the registries."""
 
     name: str
     token: str
     mirror: str
+    key: str
 
 
 HUBS = {
-    "huggingface": Hub("Hugging Face", "HF_TOKEN", "HF_ENDPOINT"),
-    "modelscope": Hub("ModelScope", "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT"),
+    "huggingface": Hub("Hugging Face", "HF_TOKEN", "HF_ENDPOINT", "hugging_face"),
+    "modelscope": Hub("ModelScope", "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT", "modelscope"),
 }
 MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # weights in formats that transformers doesn't read where safetensors are there, and pickles
@@ -44,12 +45,10 @@ NOT_NEEDED = ["*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
 
 
 class Wanted(NamedTuple):
-    """A file that a corpus or exam needs. `repositories`: {hub: id}; `places`: where it may be, the first is where it goes."""
+    """A file that a corpus or exam needs. `about`: the registry's entry; `places`: where it may be, the first is where it goes."""
 
     title: str
-    licence: str
-    homepage: str
-    repositories: dict[str, str | None]
+    about: dict[str, Any]
     places: list[Path]
     known: list[dict[str, Any]]  # of each place's file: bytes, sha256, elsewhere
 
@@ -88,8 +87,8 @@ def run(args: argparse.Namespace) -> None:
             else:
                 print(note)
         else:
-            print(f"{file.title}: licence {file.licence} ({file.homepage}){wrong}", flush=True)
-            which = [hub for hub in hubs if file.repositories[hub]] or hubs
+            print(f"{file.title}: licence {file.about['licence']} ({file.about['homepage']}){wrong}", flush=True)
+            which = [hub for hub in hubs if file.about[HUBS[hub].key]] or hubs
             failures += from_first_hub(which, partial(fetch_file, file))
     for model in models:
         failures += from_first_hub(hubs[:1], partial(fetch_model, model))
@@ -139,17 +138,14 @@ def files_by_name(raw_dir: Path, exams_dir: Path) -> list[tuple[list[str], Wante
     """Return ([names of corpus and dataset, or of the exam], file) of all that a hub has, or that is had elsewhere."""
     files = []
     for dataset in load_datasets().values():
-        corpus = dataset.corpus
-        repositories = {"huggingface": corpus.hugging_face, "modelscope": corpus.modelscope}
-        places = [raw_dir / corpus.name / file for file in dataset.files]
-        known = [corpus.known_files.get(file, {}) for file in dataset.files]
-        if any(repositories.values()) or any(file.get("elsewhere") for file in known):
-            wanted = Wanted(corpus.title, corpus.licence, corpus.homepage, repositories, places, known)
-            files.append(([corpus.name, dataset.name], wanted))
+        about, name = vars(dataset.corpus), dataset.corpus.name
+        known = [about["known_files"].get(file, {}) for file in dataset.files]
+        if any(about[hub.key] for hub in HUBS.values()) or any(file.get("elsewhere") for file in known):
+            places = [raw_dir / name / file for file in dataset.files]
+            files.append(([name, dataset.name], Wanted(about["title"], about, places, known)))
     for name, exam in load_protocol()["benchmarks"].items():
-        repositories = {"huggingface": exam["hugging_face"], "modelscope": exam["modelscope"]}
-        places, known = [exams_dir / f"{exam['archive']}.zip"], [exam.get("known_file", {})]
-        files.append(([name], Wanted(name, exam["licence"], exam["homepage"], repositories, places, known)))
+        place = exams_dir / f"{exam['archive']}.zip"
+        files.append(([name], Wanted(name, exam, [place], [exam.get("known_file", {})])))
     return files
 
 
@@ -172,7 +168,7 @@ def fault_of(path: Path, known: dict[str, Any]) -> str | None:
 
 def fetch_file(file: Wanted, hub: str) -> None:
     """Fetch one file into a folder of its own beside its place, check it, and move it there."""
-    place, repository = file.places[0], file.repositories[hub]
+    place, repository = file.places[0], file.about[HUBS[hub].key]
     if not repository:
         raise UserError(f"{place}: {HUBS[hub].name} doesn't have {file.title}")
     staging = place.parent / f".download-{place.name}"
@@ -269,7 +265,7 @@ def reason(error: BaseException, hub: str, repository: str) -> str:
         return reason(inner, hub, repository)
     if hub == "huggingface" and constants.HF_HUB_OFFLINE:
         return f"{repository} isn't whole here, and HF_HUB_OFFLINE is set; run it with HF_HUB_OFFLINE=0"
-    name, token, mirror = HUBS[hub]
+    name, token, mirror, _ = HUBS[hub]
     said = textwrap.shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 160)
     unreachable = (httpx.TransportError, requests.RequestException, modelscope.NetworkError)
     if isinstance(error, (*unreachable, huggingface.LocalEntryNotFoundError)):
