@@ -166,7 +166,7 @@ doctor: setup ## what this machine has and EXPERIMENT needs: versions, data, mod
 test: setup ## every test
 	$(BIN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
-test-slow: setup ## the long forms: ten kills of `make train`, two machines resumed, a worker that dies
+test-slow: setup ## the long forms: ten kills of `make train`, two machines, a worker that dies
 	$(BIN)/pytest -m slow $(ARGS)
 
 lint: setup ## check style and that the rendered configs are what experiments.yaml says

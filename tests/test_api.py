@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medasst_tools import cli
-from medasst_tools.serving import api, api_requests, api_server
+from medasst_tools.serving import api, api_requests
 from medasst_tools.serving.api_server import ApiServer
 from medasst_tools.serving.generation import before_stop
 from medasst_tools.training.tiny_model import build_tiny_model
@@ -260,13 +260,6 @@ def test_health_needs_no_key(served):
     assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
 
 
-@pytest.mark.parametrize(
-    ("header", "name"), [("localhost:8000", "localhost"), ("[::1]:8000", "::1"), ("::1", ""), ("a.cn", "a.cn")]
-)
-def test_names_in_a_host_header(header, name):
-    assert api_server.host_name(header) == name
-
-
 def test_an_assistant_turn_without_content_is_taken(served):
     messages = [*QUESTION, {"role": "assistant", "content": None}, *QUESTION]
     assert served.post(body_of(messages=messages)).status_code == 200
@@ -357,7 +350,7 @@ def test_without_a_key_only_this_machines_own_names_are_answered(served):
         async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}:8000") as client:
             return await client.get("/v1/models", headers=headers)
 
-    for host, status in (("127.0.0.1", 200), ("localhost", 200), ("evil.example", 403)):
+    for host, status in (("127.0.0.1", 200), ("localhost", 200), ("[::1]", 200), ("evil.example", 403)):
         assert asyncio.run(get(host)).status_code == status
     assert "access-control-allow-origin" not in asyncio.run(get("localhost", Origin="http://evil.example")).headers
 
@@ -580,17 +573,3 @@ def test_the_shop_example(demo):
     assert len(turns) == 3 and run.stdout.strip().endswith("请拨打 120。")
     wrong = subprocess.run(example, env=os.environ | {"API_KEY": "x"}, capture_output=True, text=True, check=False)
     assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1 and "API key" in wrong.stderr
-
-
-@pytest.mark.parametrize("name", ["docs/api.md", "docs/api_zh.md"])
-def test_the_docs_limits_and_commands_are_the_codes(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    assert f"--queue {api.QUEUE} --time-limit {api.TIME_LIMIT:g}" in text
-    assert f" {api_server.MAX_BODY >> 20} MiB" in text and f" {api_server.BODY_SECONDS} s" in text
-    assert re.search(rf"{api_requests.MAX_MESSAGES} (messages|条)", text) and f"{api_requests.GREEDY_BELOW:g}" in text
-    assert all(f"`{parameter}`" in text for parameter in ("n", "presence_penalty", "tools", "logit_bias"))
-    codes = set(re.findall(r"^\| \d+ `(\w+)`", text, re.MULTILINE))
-    source = "".join((ROOT / "medasst_tools/serving" / module).read_text() for module in ("api_server.py", "api_requests.py"))  # fmt: skip
-    assert len(codes) >= 7 and codes == set(re.findall(r'code="(\w+)"', source)) - {"request_too_large"}
-    for verb, options in re.findall(r"^medasst (\w+) (.+)$", text, re.MULTILINE):
-        cli.parse([verb, *options.split()])

@@ -80,15 +80,21 @@ def test_the_random_model_is_whole_and_of_its_shape(tmp_path):
     assert 0.01 < model.lm_head.weight.float().std() < 0.03
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder, config = tmp_path_factory.mktemp("inputs"), known_config("Qwen/Qwen2-7B") | bench_gpu.TINY
+    bench_gpu.write_inputs(folder, 40, config, "cpu")
+    return folder, ModelShape.from_config(config)
+
+
 @pytest.mark.parametrize("experiment", list(bench_gpu.CARDS)[1:])
-def test_the_variants_run_on_a_cpu(tmp_path, experiment):
+def test_the_variants_run_on_a_cpu(inputs, experiment):
     if bench_gpu.missing(experiment, True):
         pytest.skip(bench_gpu.missing(experiment, True))
-    config = known_config("Qwen/Qwen2-7B") | bench_gpu.TINY
-    bench_gpu.write_inputs(tmp_path, 40, config, "cpu")
-    measured = bench_gpu.run_leg(experiment, tmp_path, True, 1, None)
+    folder, shape = inputs
+    measured = bench_gpu.run_leg(experiment, folder, True, 1, None)
     assert len(measured["seconds"]) == bench_gpu.LONG_STEPS + bench_gpu.WARM_STEPS + 1
-    line = bench_gpu.row(experiment, measured, ModelShape.from_config(config), 1e12, 100.0, True)
+    line = bench_gpu.row(experiment, measured, shape, 1e12, 100.0, True)
     assert re.fullmatch(
         rf"\| {experiment} \| \d x \d x 128 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d,]+ \| [\d.]+% \| [\d,]+ \|", line
     )

@@ -213,20 +213,16 @@ def test_a_file_that_no_hub_has_is_an_error_only_by_name(tmp_path, hub):
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
-@pytest.mark.parametrize("in_cache", [True, False])
-def test_models(tmp_path, hub, source, in_cache):
+def test_models(tmp_path, hub, source):
     files = {"config.json": b"{}", "model.safetensors": b"w" * 1000, "pytorch_model.bin": b"p" * 1000}
     hub.repositories["Qwen/Qwen2-7B"] = files
-    folder = [] if in_cache else ["--models-dir", str(tmp_path / "models")]
-    result = run(hub, tmp_path, "medasst", "--source", source, *folder)
+    result = run(hub, tmp_path, "medasst", "--source", source)
     assert result.returncode == 0, result.stderr
     assert "Qwen/Qwen2-7B: licence apache-2.0" in result.stdout
     place = Path(result.stdout.splitlines()[-1].split(": in ")[1])
-    assert place.is_relative_to(
-        tmp_path / ({"huggingface": "hf", "modelscope": "ms"}[source] if in_cache else "models")
-    )
+    assert place.is_relative_to(tmp_path / {"huggingface": "hf", "modelscope": "ms"}[source])
     # LLaMA-Factory asks ModelScope for every file of the repository: what is left out it would fetch
-    left_out = set() if source == "modelscope" and in_cache else {"pytorch_model.bin"}
+    left_out = {"pytorch_model.bin"} if source == "huggingface" else set()
     assert {path.name for path in place.iterdir() if not path.name.startswith(".")} == set(files) - left_out
 
 

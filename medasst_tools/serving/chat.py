@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from medasst_tools import console, provenance
 from medasst_tools.config import load
@@ -68,14 +68,6 @@ new MutationObserver(() => {{
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 
 
-class Address(NamedTuple):
-    """Where the page is served, and who may see it; None: everybody on this machine."""
-
-    host: str
-    port: int
-    auth: tuple[str, str] | None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.description = (
@@ -94,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Chat until interrupted."""
     config = load(args.chat_config, args.overrides, "chat")
-    address = None if args.terminal else read_address()
+    address = None if args.terminal else read_address()  # before the model is loaded
     trained = provenance.check_model(config, args.chat_config)
     preflight.require(config, args)
     if address is None:
@@ -105,8 +97,8 @@ def run(args: argparse.Namespace) -> None:
         serve_page(address, config, provenance.describe(config, trained) if args.expert else None)
 
 
-def read_address() -> Address:
-    """Return the address that the environment asks for; UserError if it is open to others, taken or nonsense."""
+def read_address() -> tuple[str, int, tuple[str, str] | None]:
+    """Return (host, port, (user, password) or None) of the environment; UserError if open to others, taken or nonsense."""
     if os.environ.get("GRADIO_SHARE", "").lower() in ("1", "true", "y"):
         raise UserError("GRADIO_SHARE would publish the chat through a tunnel; unset it, and see CHAT_AUTH in --help")
     auth = None
@@ -117,7 +109,7 @@ def read_address() -> Address:
         auth = user, password
     # gradio would say that it can't serve there only after the model is loaded
     with listen("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", 7860, "CHAT_AUTH") as listener:
-        return Address(*listener.getsockname()[:2], auth)
+        return *listener.getsockname()[:2], auth
 
 
 def chat_in_terminal() -> None:
@@ -132,7 +124,7 @@ def chat_in_terminal() -> None:
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
-def serve_page(address: Address, config: dict[str, Any], about: str | None) -> None:
+def serve_page(address: tuple[str, int, tuple[str, str] | None], config: dict[str, Any], about: str | None) -> None:
     """Serve the page until interrupted; its address is the last line that is printed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with console.logged(Path("results") / "chat.log") as terminal:
@@ -142,17 +134,10 @@ def serve_page(address: Address, config: dict[str, Any], about: str | None) -> N
         fix_proxy()  # gradio asks its own page whether it is up, and must not ask through a proxy
         ask_no_other_host()
         page = build_page(ChatModel(config).engine, about)
-        page.queue().launch(
-            server_name=address.host,
-            server_port=address.port,
-            auth=address.auth,
-            share=False,
-            show_api=False,
-            inbrowser=False,
-            prevent_thread_lock=True,
-            quiet=True,
-        )
-        print(f"{NOTICE_ZH}\n{NOTICE_EN}\n{TITLE}: http://{address.host}:{address.port}", file=terminal, flush=True)
+        host, port, auth = address
+        quietly = {"share": False, "show_api": False, "inbrowser": False, "quiet": True}
+        page.queue().launch(server_name=host, server_port=port, auth=auth, prevent_thread_lock=True, **quietly)
+        print(f"{NOTICE_ZH}\n{NOTICE_EN}\n{TITLE}: http://{host}:{port}", file=terminal, flush=True)
         page.block_thread()
 
 
@@ -185,6 +170,7 @@ def build_page(engine: Any, about: str | None = None) -> Any:
 
     theme = gr.themes.Soft(font=FONTS, font_mono=["monospace"])
     options = {"css": CSS, "theme": theme, "head": SCRIPT}
+    labels = {"show_label": False, "submit_btn": "发送", "stop_btn": "停止"}
     with gr.Blocks(title=TITLE, fill_height=True, analytics_enabled=False, **options) as page:
         english = f'<span class="english">{NOTICE_EN}</span>'
         gr.HTML(f"<b>{TITLE}</b>　{NOTICE_ZH} {english}", elem_id="notice")
@@ -194,15 +180,7 @@ def build_page(engine: Any, about: str | None = None) -> Any:
             answer,
             type="messages",
             chatbot=text_chatbot(),
-            textbox=gr.Textbox(
-                placeholder=PLACEHOLDER,
-                show_label=False,
-                max_lines=6,
-                max_length=4000,
-                autofocus=True,
-                submit_btn="发送",
-                stop_btn="停止",
-            ),
+            textbox=gr.Textbox(placeholder=PLACEHOLDER, max_lines=6, max_length=4000, autofocus=True, **labels),
             examples=[[example] for example in EXAMPLES],
             cache_examples=False,
             additional_inputs=_sliders(engine) if about else None,

@@ -48,14 +48,10 @@ def move_aside(folder: Path) -> Path:
     """Move a folder under saves/ (or wherever its run lies) to `previous/` there, under a name of its own; return the new place."""
     run = folder.parent if NAME.fullmatch(folder.name) else folder
     name = run.name if run == folder else f"{run.name}-{folder.name}"
-    target = run.parent / "previous" / name
-    for number in range(2, 1_000_000):
-        if not target.exists():
-            break
-        target = run.parent / "previous" / f"{name}-{number}"
+    places = (run.parent / "previous" / (name + suffix) for suffix in ("", *(f"-{n}" for n in range(2, 1_000_000))))
+    target = next(place for place in places if not place.exists())
     target.parent.mkdir(exist_ok=True)
-    folder.rename(target)
-    return target
+    return folder.rename(target)
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
