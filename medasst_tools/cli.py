@@ -12,6 +12,7 @@ import sys
 from collections.abc import MutableMapping
 
 from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.language import said, word
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
@@ -89,17 +90,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return import_verb(args.verb).run(args) or 0
     except CheckFailed as failed:
-        print(f"medasst {args.verb}: {failed}", file=sys.stderr)
+        print(f"medasst {args.verb}: {said(str(failed))}", file=sys.stderr)
         return 1
     except UserError as error:
-        print(f"medasst {args.verb}: error: {error}", file=sys.stderr)
+        print(f"medasst {args.verb}: {word('error')}: {said(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         # a full disk, a folder without permission, a file that went away: the system's words name the path
-        print(f"medasst {args.verb}: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        words = f"{error.strerror or error}: {error.filename or ''}"
+        print(f"medasst {args.verb}: {word('error')}: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"medasst {args.verb}: interrupted; the same command goes on or starts again", file=sys.stderr)
+        words = said("interrupted; the same command goes on or starts again")
+        print(f"medasst {args.verb}: {words}", file=sys.stderr)
         return 130
 
 

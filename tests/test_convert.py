@@ -827,7 +827,7 @@ def test_mistakes_with_ones_own_are_named(tmp_path, own, capsys, words, message)
     [
         ("a: {layout: sharegtp, datasets: {a_train: {files: [x]}}}", ["a: no layout 'sharegtp'; did you mean 'sharegpt'?"]),
         ("a: {layout: qa, license: MIT, datasets: {a_train: {file: x}}}", ["unknown key 'license'; did you mean 'licence'?", "a_train: unknown key 'file'; did you mean 'files'?", "a_train: no files"]),
-        ("a: {rules: [x]}\nb: 5", ["a: unknown key 'rules'", "a: no layout", "a: no datasets", "b: is 5"]),
+        ("a: {rules: [x]}\nb: 5", ["a: unknown key 'rules'", "a: lacks the key layout", "a: lacks the key datasets", "b: is 5"]),
         ("[1]", ["must be a mapping of corpora"]),
     ],
 )  # fmt: skip

@@ -34,6 +34,7 @@ from medasst_tools.data.raw_files import CHINESE, UTF8, NotKept, NotOneJson, is_
 from medasst_tools.data.registry import Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import locked, read_json, sha256_of, write_json
+from medasst_tools.language import said
 
 STAGING = ".converting"
 # LLaMA-Factory's loader takes a column's type from the first 10 MiB: a dataset whose histories are all empty there fails
@@ -163,7 +164,7 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
             continue
         missing.append(f"{dataset.name} needs {' or '.join(map(str, places))}{_where_from(dataset)}")
         if like := _misnamed(raw_dir / dataset.corpus.name, dataset.files, known):
-            print(f"warning: {like} isn't read: {missing[-1]}; rename it?")
+            print(said(f"warning: {like} isn't read: {missing[-1]}; rename it?"))
     if names and missing:
         raise UserError(
             f"no raw file: {'; '.join(missing)}; `medasst download {' '.join(names)}` fetches what hubs have"

@@ -20,6 +20,7 @@ from medasst_tools.config import load
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import read_json
+from medasst_tools.language import said, word
 from medasst_tools.machine import cost, hardware, preflight
 from medasst_tools.machine.hub import Check
 from medasst_tools.machine.preflight import gib
@@ -41,11 +42,17 @@ def run(args: argparse.Namespace) -> None:
     for check in itertools.chain(check_environment(), check_experiment(configs) if configs else ()):
         findings.append(check)
         if not args.json:
-            print(f"{check.status:7} {check.what:14} {check.line()}", flush=True)
+            print(f"{column(check.status, 7)} {column(check.what, 14)} {said(check.line())}", flush=True)
     if args.json:
         print(json.dumps([check._asdict() for check in findings], ensure_ascii=False, indent=2))
     if failed := [check.what for check in findings if check.status == "fail"]:
-        raise CheckFailed(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
+        raise CheckFailed(f"{len(failed)} of {len(findings)} checks failed: {', '.join(map(word, failed))}")
+
+
+def column(text: str, width: int) -> str:
+    """Return one of the fixed words, filled up to a width; a Chinese character is two wide."""
+    shown = word(text)
+    return shown + " " * (width - len(shown) - sum(not letter.isascii() for letter in shown))
 
 
 def load_configs(experiment: str, configs_dir: Path = CONFIGS_DIR) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medasst_tools.errors import UserError
+from medasst_tools.language import said
 from medasst_tools.machine import cost, hardware
 from medasst_tools.machine.cost import GIB, ModelShape
 from medasst_tools.machine.hub import Check, locate
@@ -35,7 +36,7 @@ def require(config: dict[str, Any], args: argparse.Namespace | None = None) -> N
         if check.status == "fail" and not (args is not None and args.anyway):
             raise UserError(f"{check.line()}; --anyway goes on all the same")
         if check.status in ("warn", "fail"):
-            print(f"warning: {check.line()}")
+            print(said(f"warning: {check.line()}"))
 
 
 def checks(config: dict[str, Any], in_use: dict[str, Any] | None = None) -> Iterator[Check]:

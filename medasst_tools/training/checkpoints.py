@@ -15,6 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from medasst_tools.language import said
+
 NAME = re.compile(r"checkpoint-(\d+)")  # any other folder is the user's own
 STATE, LOG = "trainer_state.json", "trainer_log.jsonl"
 # what only a resumed training needs: the rest of a checkpoint is what LLaMA-Factory writes as the finished model
@@ -35,10 +37,11 @@ def whole_steps(output_dir: Path, processes: int | None = None) -> list[int]:
     for step, folder in numbered(output_dir):
         fault = weights_fault(folder)
         if fault:
-            print(f"warning: {folder} is damaged and skipped: {fault}; removed")
+            print(said(f"warning: {folder} is damaged and skipped: {fault}; removed"))
             shutil.rmtree(folder, ignore_errors=True)
         elif fault := _state_fault(folder) or _missing_part(folder, processes) or _torch_fault(folder):
-            print(f"warning: {folder} is skipped: {fault}; its weights are whole and kept in {move_aside(folder)}")
+            kept = move_aside(folder)
+            print(said(f"warning: {folder} is skipped: {fault}; its weights are whole and kept in {kept}"))
         else:
             steps.append(step)
     return steps
