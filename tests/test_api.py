@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import time
 import httpx
 import openai
 import pytest
+from chat_browser import free_port, started
 from conftest import ROOT, make_environment, run_make
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -519,26 +519,14 @@ def test_mistakes_are_one_line_and_status_2(monkeypatch, capsys, tmp_path, envir
 def demo(project, evaluated, tmp_path_factory):
     """`make api` for real, in a copy of the project in which the demo is trained; {"folder", "base", "log"}."""
     folder = shutil.copytree(project, tmp_path_factory.mktemp("served") / "project", symlinks=True)
-    log = folder.parent / "api.log"
-    environment = make_environment(folder) | {"API_PORT": "0", "API_KEY": KEY}
+    log, port = folder.parent / "api.log", free_port()
+    environment = make_environment(folder) | {"API_PORT": str(port), "API_KEY": KEY}
     for name in ("API_HOST", "API_MODEL_NAME", "API_VERBOSE", "MAX_CONCURRENT"):  # the other server's
         environment.pop(name, None)
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            ["make", "api"], cwd=folder, env=environment, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    address, until = None, time.monotonic() + 240
-    while not address:
-        if process.poll() is not None or time.monotonic() > until:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(f"make api does not serve the demo:\n{log.read_text()[-6000:]}", pytrace=False)
-        time.sleep(0.2)
-        address = re.search(r"^demo: (http://127\.0\.0\.1:\d+/v1)$", log.read_text(), re.MULTILINE)
-    yield {"folder": folder, "base": address[1], "log": log}
-    os.killpg(process.pid, signal.SIGINT)
-    process.wait(30)
+    with started(["make", "api"], port, log, cwd=folder, env=environment) as server:
+        server.wait("health")
+        assert f"\ndemo: {server.url}v1\n" in log.read_text()
+        yield {"folder": folder, "base": f"{server.url}v1", "log": log}
     assert "Traceback" not in log.read_text()
 
 

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from chat_browser import free_port
 from conftest import copy_project, make_environment, run_make
 from safetensors.numpy import load_file
 
@@ -93,12 +93,6 @@ def test_the_launched_config_is_in_a_file_whose_name_torchrun_can_take(tmp_path,
     with written(config) as word:
         assert " " not in word and yaml.safe_load(Path(word).read_text(encoding="utf-8")) == config
     assert not Path(word).exists()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -140,28 +140,34 @@ def unreachable(hub: Hub) -> None:
     hub.server.server_close()
 
 
-ERRORS = [
-    ("huggingface", "medchatzh_train", lambda hub: None, {}, "doesn't exist"),
-    ("huggingface", "medchatzh_train", lambda hub: hub.gated.add(CORPUS), {}, "is gated: accept its terms"),
-    ("huggingface", "medchatzh_train", lambda hub: hub.repositories.update({CORPUS: {}}), {}, "doesn't have it"),
-    ("huggingface", "medchatzh_train", unreachable, {}, "can't be reached"),
-    ("huggingface", "medchatzh_train", lambda hub: None, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
-    ("huggingface", "no/such", lambda hub: None, {}, "doesn't exist"),
-    ("modelscope", "medchatzh_train", lambda hub: None, {}, "ModelScope doesn't have MedChatZH"),
-    ("modelscope", "cmmlu", lambda hub: None, {}, "doesn't have it"),
-    ("modelscope", "cmmlu", lambda hub: hub.private.add("modelscope/cmmlu"), {}, "needs a token (MODELSCOPE_API_TOKEN)"),
-    ("modelscope", "cmmlu", lambda hub: hub.repositories.update({"modelscope/cmmlu": {"a": b""}}), {}, "has no file"),
-    ("modelscope", "cmmlu", unreachable, {}, "can't be reached"),
-    ("modelscope", "no/such", lambda hub: None, {}, "doesn't have it"),
-]  # fmt: skip
+ENCYCLOPEDIA, CMTMEDQA = (
+    load_datasets()[f"{name}_train"].corpus.hugging_face for name in ("huatuo_encyclopedia", "cmtmedqa")
+)
+ERRORS = {  # source, what is wrong, variables, {name: what its line says}
+    "Hugging Face": (
+        "huggingface", lambda hub: hub.gated.add(CMTMEDQA) or hub.repositories.update({ENCYCLOPEDIA: {}}), {},
+        {"medchatzh_train": f"{CORPUS} doesn't exist", "cmtmedqa_train": f"{CMTMEDQA} is gated: accept its terms",
+         "huatuo_encyclopedia_train": f"{ENCYCLOPEDIA} doesn't have it", "no/such": "no/such doesn't exist"},
+    ),
+    "ModelScope": (
+        "modelscope", lambda hub: hub.private.add("modelscope/ceval-exam") or hub.repositories.update({"modelscope/cmmlu": {"a": b""}}), {},
+        {"medchatzh_train": "ModelScope doesn't have MedChatZH", "cmmlu": "has no file", "no/such": "no/such doesn't have it",
+         "ceval": "needs a token (MODELSCOPE_API_TOKEN)"},
+    ),
+    "no network": ("huggingface", unreachable, {}, {"medchatzh_train": "can't be reached"}),
+    "no network to ModelScope": ("modelscope", unreachable, {}, {"cmmlu": "can't be reached"}),
+    "offline": ("huggingface", lambda hub: None, {"HF_HUB_OFFLINE": "1"}, {"medchatzh_train": "HF_HUB_OFFLINE is set"}),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("source", "name", "spoil", "more", "message"), ERRORS)
-def test_errors_are_one_line(tmp_path, hub, source, name, spoil, more, message):
+@pytest.mark.parametrize(("source", "spoil", "more", "expected"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_one_line_each(tmp_path, hub, source, spoil, more, expected):
     spoil(hub)
-    result = run(hub, tmp_path, name, "--source", source, **more)
+    result = run(hub, tmp_path, *expected, "--source", source, **more)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert [message in line for line in mistakes(result)] == [True], result.stderr
+    lines = mistakes(result)
+    found = {name: [line for line in lines if message in line] for name, message in expected.items()}
+    assert len(lines) == len(expected) and all(len(those) == 1 for those in found.values()), result.stderr
     assert not list(tmp_path.rglob(".download-*"))
 
 

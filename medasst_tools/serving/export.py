@@ -124,7 +124,7 @@ def put_back_released_files(folder: Path, base: Path) -> None:
     for pattern in RELEASED:
         for path in folder.glob(pattern):
             path.unlink()
-        for path in base.glob(pattern):
+        for path in filter(Path.is_file, base.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
     released = read_json(folder / "config.json") or {}
     if released.get("vocab_size") != merged.get("vocab_size"):
