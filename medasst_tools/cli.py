@@ -32,6 +32,7 @@ VERBS = {
     "exam": ("evaluation.exam", "CMMLU and C-Eval medical questions by the probabilities of A, B, C, D"),
     "api": ("serving.api", "an OpenAI-style server behind checks and limits, on this machine only"),
     "compare": ("evaluation.compare", "two experiments on the same records: is one better, and how sure is that"),
+    "judge": ("evaluation.judge", "a judge model's verdicts on two experiments' answers, with its bias beside them"),
     "chat": ("serving.chat", "the chat page or terminal chat, with our notice and safe defaults"),
     "export": ("serving.export", "an adapter merged into its base, with a model card and a checked Modelfile"),
     "safety": ("evaluation.safety", "what a model says to red flags, false premises, requests for prescriptions"),

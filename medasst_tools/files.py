@@ -7,9 +7,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import orjson
 
 from medasst_tools.errors import UserError
 
@@ -128,14 +130,31 @@ def _known_hashes() -> dict[str, str]:
     return known if isinstance(known, dict) else {}
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON Lines file that a step wrote; UserError names a line that isn't one."""
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value a line, whole or not at all."""
+    with atomic_writer(path) as file:
+        file.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
+
+
+def read_jsonl(
+    path: Path, needs: dict[str, Any] | None = None, again: str = "run the step that writes it again"
+) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON Lines file; a byte order mark and blank lines don't count.
+
+    needs: {key: type or types} that every object has. UserError names a line that isn't one, and says `again`.
+    """
+    needs = needs or {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             try:
                 record = json.loads(line)
             except ValueError:
                 record = None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}, line {number} is damaged; run the step that writes it again")
+            if not isinstance(record, dict) or any(
+                not isinstance(record.get(key), kind) for key, kind in needs.items()
+            ):
+                must = f": must be a JSON object with {', '.join(needs)}" if needs else " is damaged"
+                raise UserError(f"{path}, line {number}{must}; {again}")
             yield record

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medasst_tools.evaluation.text_metrics import Pair, bleu_4, score_pair
+from medasst_tools.evaluation.text_metrics import DESCRIPTIONS, Pair, bleu_4, is_farewell, score_pair
 from medasst_tools.evaluation.word_segmenter import spaced_words
 
 ODD = [
@@ -129,14 +129,47 @@ def test_equal_on_real_pairs(real_data):
         ("repeated-4-grams", "", "多喝水", "", None),
         ("repeated-4-grams", "", "abcdefgh", "", 0.0),
         ("repeated-4-grams", "", "哈哈哈哈哈哈", "", 100 * 2 / 3),
-        ("new-numbers", "发烧38.5度", "38.5度不高，布洛芬10mg，每日三次", "每日三次", 1),
+        ("new-numbers", "发烧38.5度", "38.5℃不高，布洛芬10mg，每日三次", "每日3次", 1),
         ("new-numbers", "３天", "3天，两片，两片", "", 1),
+        ("new-numbers", "每次5 mg", "每次5g", "", 1),
+        ("new-numbers", "每次５毫克", "每次5mg，500微克", "", 1),
+        ("new-numbers", "", "0.5克，500毫克", "半克", 1),  # the same dose, another number
+        ("new-numbers", "血压120/80", "120/80mmHg", "", 0),  # one side gives no unit
+        ("new-numbers", "", "用3-5天，3周", "3天", 2),
+        ("new-numbers", "", "二十五片，一百二十毫升，一个月", "25片，120ml，1月", 0),
         ("new-numbers", "", "一般不用担心，十分安全", "", 0),
         ("chrf", "", "请及时就医", "请及时就医", 100.0),
         ("chrf", "", "", "请及时就医", 0.0),
     ],
 )
 def test_descriptions(name, prompt, predict, label, expected):
-    from medasst_tools.evaluation.text_metrics import DESCRIPTIONS
-
     assert DESCRIPTIONS[name](prompt, predict, label) == (None if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize(
+    ("text", "farewell"),
+    [
+        ("不客气，祝您早日康复！如果还有其他问题，随时可以咨询。", True),
+        ("不用谢，希望我的建议对您有所帮助。", True),
+        ("很好，祝您和孩子健康！", True),
+        ("不客气，如果疼痛加重，请及时就医。祝您健康！", False),  # advice
+        ("不客气！记得避免劳累。", False),
+        ("您好，请问有什么问题？", False),
+        ("多喝水，祝您健康。", False),
+        ("", False),
+    ],
+)
+def test_farewells(text, farewell):
+    assert is_farewell(text) is farewell
+
+
+@pytest.mark.real_data
+def test_farewells_of_real_dialogues(real_data):
+    """Most last answers of CMtMedQA's test file, hardly any before them, and none of another corpus."""
+    records = json.loads((real_data / "raw/cmtmedqa/CMtMedQA_test.json").read_bytes())
+    records = [record for record in records if "instruct" not in record]
+    last = [record["output"] for record in records]
+    earlier = [answer for record in records for _, answer in record.get("history") or []]
+    lines = (real_data / "raw/webmedqa/medQA.test.txt").read_text(encoding="utf-8").splitlines()
+    counts = [sum(map(is_farewell, texts)) for texts in (last, earlier, [line.split("\t")[-1] for line in lines])]
+    assert (len(last), *counts) == (1000, 670, 8, 0)

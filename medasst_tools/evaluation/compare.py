@@ -17,7 +17,7 @@ from medasst_tools import provenance
 from medasst_tools.data.exam_questions import AVERAGED
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import statistics
-from medasst_tools.evaluation.score import metric_names, read_predictions
+from medasst_tools.evaluation.score import Prediction, metric_names, read_predictions
 from medasst_tools.files import read_json, read_jsonl, write_json
 
 ALL = "all"
@@ -69,13 +69,16 @@ def compare_folders(a: Path, b: Path) -> dict[str, Any]:
     for folder in (a, b):
         if not folder.is_dir():
             raise UserError(f"no folder {folder}; `make eval EXPERIMENT={folder.name}` makes it")
-    comparison = {}
-    if all((folder / "scores.json").is_file() for folder in (a, b)):
-        comparison["dialogues"] = compare_dialogues(a, b)
-    if all((folder / "exam.json").is_file() for folder in (a, b)):
-        comparison["exam"] = compare_exams(a, b)
-    if all((folder / "safety.json").is_file() for folder in (a, b)):
-        comparison["safety"] = compare_safety(a, b)
+    parts = {
+        "dialogues": ("scores", compare_dialogues),
+        "exam": ("exam", compare_exams),
+        "safety": ("safety", compare_safety),
+    }
+    comparison = {
+        part: compare(a, b)
+        for part, (kind, compare) in parts.items()
+        if all((folder / f"{kind}.json").is_file() for folder in (a, b))
+    }
     adjust(comparison)
     return comparison
 
@@ -105,7 +108,7 @@ def compare_dialogues(a: Path, b: Path) -> dict[str, Any]:
     import numpy as np
 
     sizes = [check_scores(folder) for folder in (a, b)]
-    prompts = same_references(a, b)
+    prompts = [row.prompt for row, _ in same_references(a, b)]
     tables = [_scores_per_record(folder) for folder in (a, b)]
     if not len(tables[0]) == len(tables[1]) == len(prompts):
         raise UserError(f"{a} has {len(tables[0])} scored records and {b} {len(tables[1])}: `make score` both again")
@@ -138,7 +141,7 @@ def check_scores(folder: Path) -> list[int]:
     """Return the sizes of the test sets that a folder's scores are of; UserError unless predictions and records are theirs."""
     scores = read_json(folder / "scores.json") or {}
     predictions = folder / "generated_predictions.jsonl"
-    if not predictions.is_file():
+    if not predictions.is_file():  # before its hash
         raise UserError(f"no {predictions}; `make predict EXPERIMENT={folder.name}` makes it")
     again = f"`make score EXPERIMENT={folder.name}` makes them again"
     if scores.get("predictions") != provenance.sha256_of(predictions):
@@ -151,10 +154,10 @@ def check_scores(folder: Path) -> list[int]:
     return [row["n"] for row in scores.get("by_dataset", {}).values()]
 
 
-def same_references(a: Path, b: Path) -> list[str]:
-    """Return the prompts; UserError unless both predicted the same records in the same order."""
+def same_references(a: Path, b: Path) -> list[tuple[Prediction, Prediction]]:
+    """Return both predictions of each record; UserError unless both are of the same records in the same order."""
     files = [folder / "generated_predictions.jsonl" for folder in (a, b)]
-    prompts = []
+    pairs = []
     for number, (row_a, row_b) in enumerate(zip_longest(*map(read_predictions, files)), 1):
         if row_a is None or row_b is None:
             shorter = files[0] if row_a is None else files[1]
@@ -163,8 +166,8 @@ def same_references(a: Path, b: Path) -> list[str]:
             )
         if _reference(row_a.label) != _reference(row_b.label):
             raise UserError(f"{files[0]} and {files[1]} have different labels in line {number}: of another test set?")
-        prompts.append(row_a.prompt or "")
-    return prompts
+        pairs.append((row_a, row_b))
+    return pairs
 
 
 def _reference(label: str) -> str:
@@ -192,15 +195,10 @@ def compare_exams(a: Path, b: Path) -> dict[str, Any]:
     """
     import numpy as np
 
-    reports = [read_json(folder / "exam.json") or {} for folder in (a, b)]
+    reports = [_unchanged(folder, "exam") for folder in (a, b)]
     if differing := [key for key in SAME_EXAM if reports[0].get(key) != reports[1].get(key)]:
-        got = f"{provenance.brief(reports[0].get(differing[0]))} and {provenance.brief(reports[1].get(differing[0]))}"
+        got = " and ".join(provenance.brief(report.get(differing[0])) for report in reports)
         raise UserError(f"{a} and {b} were examined with other {differing[0]} ({got}): `make exam` both alike")
-    for folder, report in zip((a, b), reports, strict=True):
-        if changed := list(provenance.changed_outputs(folder / "exam.json", report)):
-            raise UserError(
-                f"{folder / changed[0]} was changed since {folder / 'exam.json'}; `make exam EXPERIMENT={folder.name}`"
-            )
     answers = [_right_answers(folder) for folder in (a, b)]
     if answers[0].keys() != answers[1].keys():
         missing = sorted(answers[0].keys() ^ answers[1].keys())[0]
@@ -225,6 +223,14 @@ def compare_exams(a: Path, b: Path) -> dict[str, Any]:
         f"mcnemar-exact|average:paired-bootstrap-{statistics.RESAMPLES},seed-{statistics.SEED}|two-sided|{counts}"
     )
     return {"n": len(answers[0]), "benchmarks": rows, "average": average, "signature": signature}
+
+
+def _unchanged(folder: Path, kind: str) -> dict[str, Any]:
+    """Return exam.json or safety.json; UserError if the answers beside it aren't its own."""
+    report = read_json(folder / f"{kind}.json") or {}
+    for name in provenance.changed_outputs(folder / f"{kind}.json", report):
+        raise UserError(f"{folder / name} was changed since; `make {kind} EXPERIMENT={folder.name}`")
+    return report
 
 
 def _mcnemar_row(differences) -> dict[str, Any]:
@@ -252,10 +258,7 @@ def compare_safety(a: Path, b: Path) -> dict[str, Any]:
     """Return {"n", "categories": {"all" or category: row}, "signature"}; UserError unless both were asked and judged alike."""
     import numpy as np
 
-    reports = [read_json(folder / "safety.json") or {} for folder in (a, b)]
-    for folder, report in zip((a, b), reports, strict=True):
-        if changed := list(provenance.changed_outputs(folder / "safety.json", report)):
-            raise UserError(f"{folder / changed[0]} was changed since; `make safety EXPERIMENT={folder.name}`")
+    reports = [_unchanged(folder, "safety") for folder in (a, b)]
     asked = [(report["made_of"]["files"], report.get("rules_version")) for report in reports]
     if asked[0] != asked[1]:
         raise UserError(f"{a} and {b} were asked or judged differently in safety: `make safety` both alike")

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from medasst_tools import provenance
 from medasst_tools.config import read_yaml
 from medasst_tools.data.exam_questions import Question, Subject
@@ -19,7 +17,7 @@ from medasst_tools.files import read_json, read_jsonl
 Key = tuple[str, str, str]  # benchmark, subject, id
 CLEAN = "clean"
 LABELS = {"exact": "exact", "normalised": "exact", "near": "near"}  # the audit's kinds of copies
-LABEL_KEYS = ("benchmark", "subject", "id", "label")
+LABEL_KEYS = {"benchmark": str, "subject": str, "id": (str, int), "label": (str, int)}
 
 
 def key_of(question: Question) -> Key:
@@ -75,23 +73,18 @@ def of_training(config: dict[str, Any], audit: Path | None, subjects: list[Subje
 
 
 def read_labels(path: Path, subjects: list[Subject]) -> dict[Key, str]:
-    """Return the labels of a file with a JSON object a line (LABEL_KEYS); UserError names a line that can't be one."""
+    """Return the labels of a file with a JSON object a line (LABEL_KEYS); UserError names what can't be one."""
     known = {key_of(question) for subject in subjects for question in subject.questions}
     labels: dict[Key, str] = {}
     if not path.is_file():
         raise UserError(f"no labels file {path}")
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = orjson.loads(line)
-            benchmark, subject, name, label = (str(row[key]) for key in LABEL_KEYS)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: must be a JSON object with {', '.join(LABEL_KEYS)}") from None
+    for row in read_jsonl(path, LABEL_KEYS, "mend it"):
+        benchmark, subject, name, label = (str(row[key]) for key in LABEL_KEYS)
         key = benchmark, subject, name
         if key not in known or key in labels:
-            problem = "stands above too" if key in labels else "is no question of the exams here"
-            raise UserError(f"{path}, line {number}: {'/'.join(key)} {problem}")
+            raise UserError(
+                f"{path}: {'/'.join(key)} {'stands twice' if key in labels else 'is no question of the exams here'}"
+            )
         labels[key] = label
     if not labels:
         raise UserError(f"{path} is empty; a line is a JSON object with {', '.join(LABEL_KEYS)}")

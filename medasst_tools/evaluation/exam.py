@@ -9,15 +9,14 @@ says how is asked. Answers are kept as they come, and asked again only where mod
 import argparse
 import copy
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
-
-from medasst_tools import __version__, console, provenance
+from medasst_tools import __version__, provenance
 from medasst_tools.config import load, nearest
 from medasst_tools.data.exam_questions import (
     AVERAGED,
@@ -32,7 +31,7 @@ from medasst_tools.data.exam_questions import (
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.evaluation import contamination
 from medasst_tools.evaluation.statistics import average_interval, brier, expected_calibration_error, rate, wilson
-from medasst_tools.files import atomic_writer, locked, sha256_of, write_json
+from medasst_tools.files import locked, sha256_of, write_json, write_jsonl
 from medasst_tools.inference.answers import AnswerStore
 from medasst_tools.machine import preflight
 
@@ -138,14 +137,11 @@ def answer_all(
     missing = {one for one, key in keys.items() if key not in store}
     if missing:
         preflight.require(config, args)
-        with console.logged(args.out / "exam.log") as terminal, store:
-            if len(missing) < len(keys):
-                print(f"going on: {len(keys) - len(missing)} of {len(keys)} answers are there", file=terminal)
-            with console.bar(terminal, total=len(missing), desc="exam", unit="question") as bar:
-                for prompt, probabilities in _answers(config, subjects, missing, args.shots, wording):
-                    key = keys[prompt.question, prompt.order]
-                    store.keep(key, {"probs": probabilities, "dropped": prompt.dropped})
-                    bar.update()
+        answers = (
+            (keys[prompt.question, prompt.order], {"probs": probabilities, "dropped": prompt.dropped})
+            for prompt, probabilities in _answers(config, subjects, missing, args.shots, wording)
+        )
+        store.fill(len(missing), len(keys), answers, args.out / "exam.log", "question")
     return [_row(question, order, **store[key]) for (question, order), key in keys.items()]
 
 
@@ -274,12 +270,7 @@ def answer_prompts(
 
 def _common_prefix(sequences: list[list[int]]) -> list[int]:
     """Return what all sequences begin with, short of the last token of the shortest: each keeps one of its own."""
-    first, last = min(sequences), max(sequences)
-    shortest = min(map(len, sequences))
-    length = 0
-    while length < shortest - 1 and first[length] == last[length]:
-        length += 1
-    return first[:length]
+    return list(os.path.commonprefix(sequences))[: min(map(len, sequences)) - 1]
 
 
 def _batches(prompts: list[Prompt], prefix_length: int) -> Iterator[list[Prompt]]:
@@ -333,8 +324,7 @@ def write_results(
     if facts["orders"] > 1:
         files["exam_orders.jsonl"] = [{key: row[key] for key in ("order", *EXAM_KEYS)} for row in rows]
     for name, lines in files.items():
-        with atomic_writer(out / name) as file:
-            file.writelines(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines)
+        write_jsonl(out / name, lines)
     report = summarise(first, subjects) | facts
     if facts["orders"] > 1:
         report["by_order"] = summarise_orders(rows, facts["orders"])

@@ -8,22 +8,19 @@ and a finished one is counted again, not asked again, when only the rules have c
 """
 
 import argparse
-import hashlib
 import json
-from collections.abc import Callable
-from importlib import metadata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
 import yaml
 
-from medasst_tools import __version__, console, provenance
+from medasst_tools import __version__, provenance
 from medasst_tools.config import load
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation.safety_rules import Rules, load_rules
 from medasst_tools.evaluation.statistics import rate
-from medasst_tools.files import PROJECT_ROOT, atomic_writer, locked, write_json
+from medasst_tools.files import PROJECT_ROOT, locked, write_json, write_jsonl
 from medasst_tools.inference.answers import AnswerStore
 from medasst_tools.machine import preflight
 
@@ -86,17 +83,16 @@ def run(args: argparse.Namespace) -> None:
         f"{args.out} is being written by another process; wait for it",
     ):
         answers = answer_all(args, config, questions, about)
-        rows: list[dict[str, Any]] = [
-            {"id": key, "category": key.partition("/")[0], "prompt": text, "answer": answers[key], "says": rules.judge(answers[key])}
-            for key, text in questions.items()
-        ]  # fmt: skip
-        by_name = {category.name: category for category in categories}
-        for row in rows:
-            row["met"] = by_name[row["category"]].met(row["says"], row["answer"])
+        rows = []
+        for category in categories:
+            for name, text in category.prompts.items():
+                key = f"{category.name}/{name}"
+                row = {"id": key, "category": category.name, "prompt": text, "answer": answers[key]}
+                row["says"] = rules.judge(answers[key])
+                rows.append(row | {"met": category.met(row["says"], answers[key])})
         report = summarise(rows, categories, rules) | {"limit": args.limit, "promises": PROMISES_NOTHING}
-        report["signature"] = signature(report, config, questions, rules)
-        with atomic_writer(args.out / "safety.jsonl") as file:
-            file.writelines(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
+        report["signature"] = signature(report, config, about, rules)
+        write_jsonl(args.out / "safety.jsonl", rows)
         record = provenance.record(args.out / RECORD, about, [args.out / "safety.jsonl"])
         write_json(args.out / RECORD, report | record)
     print_summary(args.out, report)
@@ -161,17 +157,15 @@ def answer_all(
     keys = {name: AnswerStore.key(about["model"], settings, text) for name, text in questions.items()}
     if missing := {name: text for name, text in questions.items() if keys[name] not in store}:
         preflight.require(config, args)
-        with console.logged(args.out / "safety.log") as terminal, store:
-            if len(missing) < len(questions):
-                print(
-                    f"going on: {len(questions) - len(missing)} of {len(questions)} answers are there", file=terminal
-                )
-            answer = load_answerer(config)
-            with console.bar(terminal, total=len(missing), desc="safety", unit="answer") as bar:
-                for name, question in missing.items():
-                    store.keep(keys[name], answer(question))
-                    bar.update()
+        answers = ((keys[name], answer) for name, answer in answer_each(missing, config))
+        store.fill(len(missing), len(questions), answers, args.out / "safety.log", "answer")
     return {name: store[key] for name, key in keys.items()}
+
+
+def answer_each(questions: dict[str, str], config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (id, answer); the model is loaded for the first."""
+    answer = load_answerer(config)
+    yield from ((name, answer(question)) for name, question in questions.items())
 
 
 def summarise(rows: list[dict[str, Any]], categories: list[Category], rules: Rules) -> dict[str, Any]:
@@ -197,28 +191,24 @@ def summarise(rows: list[dict[str, Any]], categories: list[Category], rules: Rul
     }
 
 
-def signature(report: dict[str, Any], config: dict[str, Any], questions: dict[str, str], rules: Rules) -> str:
+def signature(report: dict[str, Any], config: dict[str, Any], about: dict[str, Any], rules: Rules) -> str:
     """Return what it takes to get the same numbers again."""
     counts = "+".join(f"{name}:{entry['n']}" for name, entry in report["by_category"].items())
-    asked = hashlib.sha256(orjson.dumps(questions)).hexdigest()[:8]
-    system = hashlib.sha256(str(config.get("default_system")).encode()).hexdigest()[:8]
-    versions = "|".join(f"{name}:{metadata.version(name)}" for name in ("llamafactory", "transformers", "torch"))
+    system = provenance.short(config.get("default_system"))
+    packages = provenance.package_versions("llamafactory", "transformers", "torch")
+    versions = "|".join(f"{name}:{version}" for name, version in packages.items())
     return (
-        f"safety|{counts}|questions:{asked}|rules:v{rules.version},{rules.sha256[:8]}|limit:{report['limit']}|greedy"
+        f"safety|{counts}|questions:{about['files']['questions']}|rules:v{rules.version},{rules.sha256[:8]}|limit:{report['limit']}|greedy"
         f"|max_new_tokens:{config.get('max_new_tokens')}|template:{config['template']}|system:{system}|{versions}|medasst:{__version__}"
     )
 
 
 def print_summary(out: Path, report: dict[str, Any]) -> None:
     """Print the rates with their intervals, and that they promise nothing."""
-    for name, entry in report["rates"].items():
+    of_all = {f"all: {name}": report["says"][name] for name in ("refusal", "referral", "notice")}
+    for name, entry in (report["rates"] | of_all).items():
         low, high = entry["ci95"]
         print(f"{entry['percent']:6.2f} [{low:.2f}, {high:.2f}]  n {entry['n']:3}  {name}")
-    for name in ("refusal", "referral", "notice"):
-        entry = report["says"][name]
-        print(
-            f"{entry['percent']:6.2f} [{entry['ci95'][0]:.2f}, {entry['ci95'][1]:.2f}]  n {entry['n']:3}  all: {name}"
-        )
     print(
         f"{out / 'safety.jsonl'}: the answers, {report['empty']} of them empty; {PROMISES_NOTHING}\n{report['signature']}"
     )

@@ -6,7 +6,7 @@ paired differences, power); McNemar 1947, exact; Holm 1979; Newcombe 1998 (inter
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 RESAMPLES, SEED = 10_000, 42
@@ -16,14 +16,11 @@ _INDEXES_AT_ONCE = 2_000_000  # 16 MB of indexes, whatever the number of records
 
 
 # ---- shares ---------------------------------------------------------------------------------------------------------
-def wilson(correct: int, n: int, z: float = 1.959963984540054) -> list[float] | None:
+def wilson(correct: int, n: int) -> list[float] | None:
     """Return Wilson's 95 % interval of a share, in percent; None of nothing."""
-    if n == 0:
-        return None
-    share = correct / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return [100 * (centre - half), 100 * (centre + half)]
+    from scipy.stats import binomtest
+
+    return [100 * bound for bound in binomtest(correct, n).proportion_ci(method="wilson")] if n else None
 
 
 def rate(held: Sequence[bool]) -> dict[str, Any]:
@@ -57,15 +54,24 @@ def newcombe(correct_a: int, n_a: int, correct_b: int, n_b: int) -> list[float]:
 def clusters_of(prompts: Sequence[str]) -> list[int]:
     """Return a cluster number for each prompt: the same question, or a later turn of the same dialogue, is one cluster.
 
-    A prompt ends with the mark that opens an answer, so a later turn of a dialogue begins with the whole earlier prompt, and
-    not in the middle of a word. A record without a prompt is a cluster of its own.
+    A record without a prompt is a cluster of its own.
     """
     numbers, root, number = {}, "", -1
     for prompt in sorted(set(filter(None, prompts))):
-        if not (root and prompt.startswith(root) and (prompt[len(root)] == "\n" or not root[-1].isalnum())):
+        if not goes_on(prompt, root):
             root, number = prompt, number + 1
         numbers[prompt] = number
     return [numbers[prompt] if prompt else number + 1 + at for at, prompt in enumerate(prompts)]
+
+
+def goes_on(prompt: str, earlier: str) -> bool:
+    """Say whether a prompt is a later turn of the dialogue that the earlier one asks in.
+
+    A prompt ends with the mark that opens an answer, so a later one begins with the whole of it, and not in a word's middle.
+    """
+    if not earlier or len(prompt) <= len(earlier) or not prompt.startswith(earlier):
+        return False
+    return prompt[len(earlier)] == "\n" or not earlier[-1].isalnum()
 
 
 def strata_of(sizes: Iterable[int]) -> list[int]:
@@ -189,3 +195,55 @@ def brier(rows: list[dict[str, Any]]) -> float:
         (probability - (letter == row["answer"])) ** 2 for row in rows for letter, probability in row["probs"].items()
     )
     return sum(squares) / len(rows)
+
+
+# ---- judges ---------------------------------------------------------------------------------------------------------
+def judged(rows: Sequence[dict[str, Any]], aspects: Sequence[str]) -> dict[str, Any]:
+    """Return {"n", "incomplete", "aspects": {aspect: row}, "signature"} of a judge's verdicts on pairs of answers, a and b.
+
+    rows: `original` (a stands first) and `swapped`, two verdicts each, {aspect: "first", "second" or "tie"}. Those with fewer
+    are counted as incomplete and left out. A row's numbers are percent (points): `difference` (a preferred less b preferred,
+    over both orders) and `position` (first preferred less second), as [mean, low, high] over clusters of prompts; and how often
+    a verdict is the same when asked `again` and in the `other_order`.
+    """
+    import numpy as np
+
+    whole = [row for row in rows if len(row["original"]) == len(row["swapped"]) == 2]
+    clusters, found = clusters_of([row["prompt"] for row in whole]), {}
+    sign = {"first": 1, "tie": 0, "second": -1}
+    for aspect in aspects if whole else ():
+        # (records, orders, times): 1 where the first answer is preferred
+        first = np.array(
+            [[[sign[one[aspect]] for one in row[key]] for key in ("original", "swapped")] for row in whole]
+        )
+        a = first * np.array([1, -1])[:, None]
+        columns = 100 * np.stack([a, first], axis=-1).mean(axis=(1, 2))
+        intervals = [bounds or [None, None] for bounds in ci95(columns, clusters=clusters)]
+        difference, position = (
+            [float(mean), *bounds] for mean, bounds in zip(columns.mean(axis=0), intervals, strict=True)
+        )
+        found[aspect] = {
+            "difference": difference,
+            "position": position,
+            "again": 100 * float((first[:, :, 0] == first[:, :, 1]).mean()),
+            "other_order": 100 * float((a[:, 0] == a[:, 1]).mean()),
+        }
+    drawn = f"ci95:bootstrap-{RESAMPLES},seed-{SEED},{len(set(clusters))}-clusters"
+    counts = {"n": len(whole), "incomplete": len(rows) - len(whole)}
+    said = ",".join(f"{name}:{count}" for name, count in counts.items())
+    return counts | {"aspects": found, "signature": f"both-orders-twice,greedy|{said}|{drawn}"}
+
+
+def said_of_judge(report: dict[str, Any]) -> Iterator[str]:
+    """Yield the report of `judged` as lines: one on the judge, one an aspect, with bias and agreement beside the verdict."""
+    yield f"judge {report['judge']}; a = {report['a']}, b = {report['b']}; {report['signature']}"
+    for aspect, row in report["aspects"].items():
+        verdict, leaning = signed(row["difference"]), signed(row["position"])
+        agrees = f"asked again {row['again']:.1f} %, in the other order {row['other_order']:.1f} %"
+        yield f"{aspect:12} a - b {verdict}; first - second {leaning}; agrees with itself: {agrees}; n {report['n']}"
+
+
+def signed(estimate: Sequence[float | None]) -> str:
+    """Return a difference with its interval, [mean, low, high], as it is printed."""
+    mean, *bounds = estimate
+    return f"{mean:+7.2f} " + ("[none: n < 2]" if bounds[0] is None else "[{:+.2f}, {:+.2f}]".format(*bounds))

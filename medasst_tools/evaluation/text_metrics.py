@@ -142,7 +142,51 @@ PRIMARY = "rouge-l"  # said before anything is run; the others are adjusted for 
 
 
 # ---- descriptions: what answers are like beyond n-grams in common; shown, never judged ------------------------------
-NUMBER = re.compile(r"\d+(?:\.\d+)?|[一二两三四五六七八九十百半]+(?=[天周日月年岁次片粒颗丸袋支瓶滴毫克])")
+SPELLINGS = {  # of units, in lower case after NFKC
+    "毫克": "mg", "微克": "μg", "ug": "μg", "mcg": "μg", "千克": "kg", "公斤": "kg", "克": "g", "毫升": "ml", "升": "l",
+    "国际单位": "iu", "单位": "u", "°c": "度", "摄氏度": "度", "h": "小时", "min": "分钟", "星期": "周", "个月": "月", "日": "天",
+}  # fmt: skip
+_COUNTED = [*SPELLINGS, *"天周月年岁次片粒颗丸袋支瓶滴倍度", "小时", "分钟"]
+_LATIN = ("mmol/l", "mmhg", "kpa", "mg", "kg", "g", "μg", "ml", "l", "iu", "u", "cm", "mm", "%")
+_UNIT = "|".join(
+    sorted((re.escape(unit) + "(?![a-z])" * unit.isascii() for unit in [*_COUNTED, *_LATIN]), key=len)[::-1]
+)
+_DIGITS = r"\d+(?:\.\d+)?"
+QUANTITY = re.compile(rf"({_DIGITS})(?:[-~—至到]({_DIGITS}))?\s*({_UNIT})?|([一二两三四五六七八九十百半]+)({_UNIT})")
+# a sentence that only takes leave begins like this, holds one of these, and none of those
+_OPENS = re.compile(
+    r"\s*(?:不[用必]?客?[气谢]|不用|不必|[很非]常?好|好的|当然|没关系|感谢|谢谢|祝|愿|也?希望|很高兴|我们?|如|若|要是|有?任何|再见|请?随时|欢迎|同时)"
+)
+_COURTESY = re.compile(r"客气|谢|祝|愿|希望|随时|高兴|再见|保重|尽力|(?:其他|任何|有).{0,20}(?:问题|疑问|疑惑|需要)")
+_ADVICE = re.compile(r"建议[您你]|就医|就诊|复诊|注意|避免|保持|坚持|记住|重要|治疗是")
+
+
+def quantities(text: str) -> set[tuple[float, str]]:
+    """Return the numbers in a text with their units, in one spelling: 5毫克 and 5mg are (5.0, "mg"), 三次 is (3.0, "次").
+
+    Chinese numerals count only with a unit; both ends of 3-5天 have it.
+    """
+    found = set()
+    for low, high, unit, numeral, counted in QUANTITY.findall(unicodedata.normalize("NFKC", text).lower()):
+        values = [float(digits) for digits in (low, high) if digits] or [_value(numeral)]
+        found |= {(value, SPELLINGS.get(unit or counted, unit or counted)) for value in values}
+    return found
+
+
+def _value(numeral: str) -> float:
+    total = last = 0.0
+    for character in numeral:
+        value = {"两": 2.0, "半": 0.5}.get(character) or unicodedata.numeric(character)
+        total, last = (total + max(last, 1) * value, 0) if value >= 10 else (total, value)
+    return total + last
+
+
+def is_farewell(text: str) -> bool:
+    """Say whether a text only takes leave: thanks, wishes and offers in each sentence, and advice in none."""
+    sentences = [sentence for sentence in re.split(r"[。！!？?；;\n]", text) if sentence.strip()]
+    return bool(sentences) and all(
+        _OPENS.match(one) and _COURTESY.search(one) and not _ADVICE.search(one) for one in sentences
+    )
 
 
 def length_ratio(prompt: str, predict: str, label: str) -> float | None:
@@ -157,9 +201,15 @@ def repeated_4_grams(prompt: str, predict: str, label: str) -> float | None:
 
 
 def new_numbers(prompt: str, predict: str, label: str) -> float:
-    """Return how many different numbers and doses the answer has that neither question nor reference has."""
-    said, *known = (set(NUMBER.findall(unicodedata.normalize("NFKC", text))) for text in (predict, prompt, label))
-    return len(said.difference(*known))
+    """Return how many different numbers and doses the answer has that neither question nor reference has.
+
+    The unit is part of it (5 mg is not 5 g), but where one side gives none.
+    """
+    known = quantities(prompt) | quantities(label)
+    return sum(
+        all(value != other or (unit and other_unit and unit != other_unit) for other, other_unit in known)
+        for value, unit in quantities(predict)
+    )
 
 
 def chrf(prompt: str, predict: str, label: str) -> float:

@@ -6,11 +6,13 @@ goes on where it stopped, and a changed test set asks only what is new.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from medasst_tools import console
 from medasst_tools.files import atomic_writer
 
 
@@ -59,6 +61,16 @@ class AnswerStore:
         """Add one answer, on disk when this returns."""
         self.answers[key] = answer
         self._file.write(_line(key, answer))
+
+    def fill(self, missing: int, of: int, answers: Iterable[tuple[str, Any]], log: Path, unit: str) -> None:
+        """Keep each (key, answer) as it comes, with a bar of `missing`; what libraries print meanwhile goes to `log`."""
+        with console.logged(log) as terminal, self:
+            if missing < of:
+                print(f"going on: {of - missing} of {of} answers are there", file=terminal)
+            with console.bar(terminal, total=missing, desc=log.stem, unit=unit) as bar:
+                for key, answer in answers:
+                    self.keep(key, answer)
+                    bar.update()
 
 
 def _line(key: str, answer: Any) -> bytes:

@@ -42,6 +42,11 @@ def asked_of(args: argparse.Namespace) -> dict[str, Any]:
     return {"endpoint": args.api_base.rstrip("/")} | ({"endpoint_model": args.model} if args.model else {})
 
 
+def key_of_environment() -> str | None:
+    """Return the key, None if there is none."""
+    return os.environ.get("API_KEY") or os.environ.get("OPENAI_API_KEY")
+
+
 def answer(
     args: argparse.Namespace, config: dict[str, Any], asked: dict[str, Any], store: Path
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
@@ -49,8 +54,8 @@ def answer(
 
     CheckFailed if the endpoint refuses records and `--empty-if-refused` isn't given; UserError if it can't be reached.
     """
-    key = os.environ.get("API_KEY") or os.environ.get("OPENAI_API_KEY")
-    model = asyncio.run(_model(args.api_base, key, args.model))
+    key = key_of_environment()
+    model = asyncio.run(find_model(args.api_base, key, args.model))
     max_tokens = config.get("max_new_tokens", known_settings()["max_new_tokens"].default)
     with console.logged(store.parent.parent / "predict.log") as terminal:
         sets = {name: list(rows) for name, rows in test_records(config, asked | {"endpoint_model": model}).items()}
@@ -127,7 +132,7 @@ def _client(api_base: str, key: str | None, timeout: float, retries: int):
     return openai.AsyncOpenAI(base_url=api_base, api_key=key or "none", timeout=timeout, max_retries=retries)
 
 
-async def _model(api_base: str, key: str | None, wanted: str | None) -> str:
+async def find_model(api_base: str, key: str | None, wanted: str | None) -> str:
     """Return the model to ask: `wanted`, or the only one that the endpoint lists. UserError if it can't be reached.
 
     Asked once, without retries: what is wrong from the start shall not take a minute to show.
@@ -140,7 +145,7 @@ async def _model(api_base: str, key: str | None, wanted: str | None) -> str:
         except openai.OpenAIError as error:
             if wanted and isinstance(error, openai.NotFoundError):  # an endpoint without a list
                 return wanted
-            raise UserError(_explained(error, api_base, key)) from None
+            raise UserError(explained(error, api_base, key)) from None
         except (AttributeError, TypeError, ValueError):  # a web page, say, which the client doesn't expect
             raise UserError(f"{api_base} lists no models: does --api-base end in /v1?") from None
     if not wanted and len(names) != 1:
@@ -189,7 +194,7 @@ async def _ask_all(
                     for _ in range(min(args.concurrency, len(records))):
                         group.create_task(worker())
             except* openai.OpenAIError as errors:
-                problem = _explained(errors.exceptions[0], args.api_base, key)
+                problem = explained(errors.exceptions[0], args.api_base, key)
             else:
                 problem = None
     if problem:
@@ -209,7 +214,7 @@ def _text(content: Any) -> str:
     return content
 
 
-def _explained(error: Exception, api_base: str, key: str | None) -> str:
+def explained(error: Exception, api_base: str, key: str | None) -> str:
     """Return one line for an error of the openai client: what happened and what to do. The key never shows."""
     import openai
 

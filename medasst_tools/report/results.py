@@ -10,7 +10,7 @@ from medasst_tools import provenance
 from medasst_tools.config import load, read_yaml
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation.compare import check_scores
-from medasst_tools.evaluation.score import load_test_sets, metric_names
+from medasst_tools.evaluation.score import metric_names
 from medasst_tools.files import read_json, read_jsonl
 from medasst_tools.report.figures import read_losses
 
@@ -119,18 +119,18 @@ def best_and_worst(results: Path, predict_config: Path, scores: dict[str, Any]) 
         if at in wanted
     }
     sizes = {name: row["n"] for name, row in scores.get("by_dataset", {}).items()}
-    for at, question in _questions(predict_config, set(wanted), sizes).items():
+    for at, question in _questions(_config(predict_config, "predict"), set(wanted), sizes).items():
         records[at] |= question
     return {kind: [records[-at] for _, at in chosen if -at in records] for kind, chosen in places.items()}
 
 
-def _questions(predict_config: Path, wanted: set[int], sizes: dict[str, int]) -> dict[int, dict[str, Any]]:
+def _questions(config: dict[str, Any], wanted: set[int], sizes: dict[str, int]) -> dict[int, dict[str, Any]]:
     """Return the test sets' questions, with their histories, at these places; none if the test sets aren't there any more.
 
     sizes: how many records of each were asked.
     """
     try:
-        sets = load_test_sets(predict_config)
+        sets = provenance.dataset_files(Path(config["dataset_dir"]), config["eval_dataset"])
         rows = (row for name, size in sizes.items() for row in islice(read_jsonl(sets[name]), size))
         return {
             at: {"question": row["instruction"], "history": row.get("history") or []}
