@@ -41,9 +41,7 @@ LLAMA3_SPECIAL = [
     *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
     *(f"<|reserved_special_token_{n}|>" for n in range(5, 251)),
 ]
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 Bpe = tuple[dict[str, int], list[tuple[str, str]]]  # vocabulary, merges
 
 
@@ -171,7 +169,8 @@ class Family(NamedTuple):
     turn: str  # the same of every later question
     end: str  # what is learnt after an answer
     stop: set[str]  # tokens at which generation stops
-    before_letter: tuple[str, ...] = ()  # what a trained answer "B" begins with before its letter
+    before_letter: tuple[str, ...] = ()  # tokens with which a trained answer "B" begins before its letter
+    space: str = ""  # the same as text, before any answer
 
 
 CHATML = "<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
@@ -219,6 +218,7 @@ FAMILIES = {
         "</s>",
         {"</s>"},
         before_letter=("▁",),
+        space=" ",
     ),
 }
 REAL = [name for name in FAMILIES if name != "gemma"]  # whose tokenizer is the released one

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, SAMPLES
 from families import FAMILIES, Family, build
 
-from medasst_tools.data.exam_questions import LETTERS, load_protocol, load_subjects
+from medasst_tools.data.exam_questions import load_protocol, load_subjects
 from medasst_tools.evaluation import exam
 
 ANSWER = "B，多休息。"
@@ -139,7 +139,7 @@ def test_only_the_answer_and_its_end_are_learnt(ran):
     learnt = [token for token in row["labels"] if token != -100]
     start = len(row["labels"]) - len(learnt)
     assert row["labels"][start:] == learnt  # one piece, at the end
-    assert decode(tokenizer, learnt) == ANSWER + ran.family.end
+    assert decode(tokenizer, learnt) == ran.family.space + ANSWER + ran.family.end
     assert decode(tokenizer, row["input_ids"][:start]) == ran.family.prompt.format(system=SYSTEM, user=QUESTIONS[0])
 
 
@@ -153,7 +153,7 @@ def test_every_turn_of_a_dialogue_is_learnt(ran):
             piece = []
         elif token != -100:
             piece.append(token)
-    assert pieces == [f"休息。{ran.family.end}", f"不疼。{ran.family.end}"]
+    assert pieces == [f"{ran.family.space}{answer}{ran.family.end}" for answer in ("休息。", "不疼。")]
     first = ran.family.prompt.format(system=SYSTEM, user="头痛")
     assert decode(tokenizer, rows[0]["input_ids"]).startswith(first)
     assert decode(tokenizer, rows[0]["input_ids"]).count(SYSTEM) == 1
@@ -164,8 +164,8 @@ def test_predictions_say_what_was_learnt_and_stop(ran):
     assert [json.loads(line) for line in lines] == [
         {
             "prompt": ran.family.prompt.format(system=SYSTEM, user=question),
-            "predict": ANSWER,
-            "label": ANSWER + ("\n" if ran.family.end.endswith("\n") else ""),
+            "predict": ran.family.space + ANSWER,
+            "label": ran.family.space + ANSWER + ("\n" if ran.family.end.endswith("\n") else ""),
         }
         for question in QUESTIONS[:4]
     ]
@@ -176,7 +176,7 @@ def test_chat_says_the_same_and_stops(ran):
 
     chat = ChatModel(dict(ran.configs["chat"]))
     response = chat.chat([{"role": "user", "content": QUESTIONS[1]}])[0]
-    assert (response.response_text, response.finish_reason) == (ANSWER, "stop")
+    assert (response.response_text, response.finish_reason) == (ran.family.space + ANSWER, "stop")
     tokenizer, template = template_of(ran.configs["chat"])
     assert set(tokenizer.convert_ids_to_tokens(template.get_stop_token_ids(tokenizer))) == ran.family.stop
 
