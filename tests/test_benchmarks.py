@@ -100,22 +100,22 @@ def test_the_variants_run_on_a_cpu(inputs, experiment):
     )
 
 
-def test_make_bench_gpu_on_a_cpu():
-    """The command itself, with a process for the experiment; what lacks its config says so in its row."""
-    words = [
-        sys.executable,
-        str(ROOT / "benchmarks/bench_gpu.py"),
-        "--cpu",
-        "--steps",
-        "1",
-        "medasst",
-        "no_such_experiment",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+def test_bench_gpu_on_a_cpu(monkeypatch, capsys):
+    """The whole benchmark, with a process for the experiment; what lacks its config says so in its row."""
+    for name in (
+        "LLAMAFACTORY_VERBOSITY",
+        "TRANSFORMERS_VERBOSITY",
+        "TOKENIZERS_PARALLELISM",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS",
+    ):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--cpu", "--steps", "1", "medasst", "no_such_experiment"])
+    bench_gpu.main()
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
     assert re.match(r"\| medasst \| 4 x 1 x 128 \| \d\.\d \|", rows[1])
     assert "| no factory_configs/no_such_experiment/train.yaml: `medasst render` writes it" in rows[2]
-    assert "no statement about 7B" in done.stdout and "mean 2" in done.stdout
+    assert "no statement about 7B" in said and "mean 2" in said
 
 
 def test_without_a_gpu_bench_gpu_is_one_line(tmp_path):
