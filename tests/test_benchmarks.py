@@ -116,16 +116,26 @@ def test_a_leg_that_asks(inputs, name, asked):
     assert f" | {asked} | " in leg_row(inputs, name)
 
 
-def test_make_bench_gpu_on_a_cpu(tmp_path):
-    """The command itself, with a process for the leg; what lacks its config says so in its row, and rows are kept."""
+def test_bench_gpu_on_a_cpu(tmp_path, monkeypatch, capsys):
+    """The whole benchmark, with a process for the leg; what lacks its config says so in its row, and rows are kept."""
+    quiet = (
+        "LLAMAFACTORY_VERBOSITY",
+        "TRANSFORMERS_VERBOSITY",
+        "TOKENIZERS_PARALLELISM",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS",
+    )
+    for name in quiet:
+        monkeypatch.setenv(name, "")  # put back afterwards
     out = tmp_path / "rows.md"
-    words = [sys.executable, str(ROOT / "benchmarks/bench_gpu.py"), "--cpu", "--steps", "1", "--out", str(out)]
-    done = subprocess.run([*words, "medasst", "no_such_experiment"], capture_output=True, text=True, check=True)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    words = ["bench_gpu.py", "--cpu", "--steps", "1", "--out", str(out), "medasst", "no_such_experiment"]
+    monkeypatch.setattr(sys, "argv", words)
+    bench_gpu.main()
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
     assert re.match(r"\| medasst \| 4 x 1 x 128 \| \w+ \| \d\.\d \|", rows[1])
     assert "| no factory_configs/no_such_experiment/train.yaml: `medasst render` writes it" in rows[2]
-    assert "no statement about 7B" in done.stdout and "mean 2" in done.stdout
-    assert out.read_text(encoding="utf-8") == done.stdout
+    assert "no statement about 7B" in said and "mean 2" in said
+    assert out.read_text(encoding="utf-8") == said
 
 
 def test_without_a_gpu_bench_gpu_is_one_line(tmp_path):

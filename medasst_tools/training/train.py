@@ -231,7 +231,7 @@ def launch_training(config: dict[str, Any], launch: Launch, lock: int | None = N
 
 
 def as_launched(config: dict[str, Any], launch: Launch) -> dict[str, Any]:
-    """Return the config with what shows how a run goes: losses that are NaN, which LLaMA-Factory logs as 0, and tokens."""
+    """Return the config as llamafactory-cli gets it: with the tokens counted, and NaN logged as such, not as 0."""
     # a packed batch is full, and its mask numbers the examples
     tokens = "all" if config.get("neat_packing") else "non_padding"
     return {"include_num_input_tokens_seen": tokens} | config | launch.settings | {"logging_nan_inf_filter": False}
