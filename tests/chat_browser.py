@@ -80,7 +80,7 @@ def started(command: list[str], port: int, log: Path, **options) -> Iterator[Ser
 
 
 @contextlib.contextmanager
-def browser_page(url: str, size: tuple[int, int] = LAPTOP) -> Iterator:
+def browser_page(url: str, size: tuple[int, int] = LAPTOP, ready: str = BOX) -> Iterator:
     """Yield the page, opened in a fresh headless chromium of this size; `page.hosts` are those that it asked anything of."""
     from playwright.sync_api import sync_playwright
 
@@ -90,7 +90,7 @@ def browser_page(url: str, size: tuple[int, int] = LAPTOP) -> Iterator:
         page.hosts = set()
         page.on("request", lambda request: page.hosts.add(urllib.parse.urlsplit(request.url).netloc))
         page.goto(url)
-        page.wait_for_selector(BOX)
+        page.wait_for_selector(ready)
         yield page
         browser.close()
 
