@@ -20,6 +20,7 @@ from medasst_tools.config import read_yaml
 from medasst_tools.machine import hardware
 
 FORK = multiprocessing.get_context("fork")
+TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 HEAVY = "llamafactory.train.tuner"  # what `llamafactory-cli train` imports, and prediction and exams need
 # {verb: what it leaves when it is done}, of those that need it
 RECORDS: dict[str, Callable[[argparse.Namespace], Path]] = {
@@ -40,21 +41,31 @@ def run(verbs: list[argparse.Namespace], run_verb: Callable[[argparse.Namespace]
     """Run the verbs until one fails, and return its exit status, else 0."""
     if sum(is_to_do(args) for args in verbs) > 1 and not hardware.gpus():
         preload()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    for args in verbs:
-        child = FORK.Process(target=lambda args: sys.exit(run_verb(args)), args=(args,))
-        child.start()
-        try:
-            child.join()
-        except KeyboardInterrupt:  # the child has it too, and says so
-            child.join()
-        except SystemExit:
-            child.terminate()
-            child.join()
-            raise
-        if child.exitcode:
-            return child.exitcode if child.exitcode > 0 else 128 - child.exitcode
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        for args in verbs:
+            if status := run_forked(args, run_verb):
+                return status
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def run_forked(args: argparse.Namespace, run_verb: Callable[[argparse.Namespace], int]) -> int:
+    """Run a verb in a fork of this process, which ends with it, and return its exit status."""
+    child = FORK.Process(target=lambda: sys.exit(run_verb(args)))
+    child.start()
+    try:
+        child.join()
+    except KeyboardInterrupt:  # the child has it too, and says so; its status may be lost
+        child.join()
+        return INTERRUPTED
+    except SystemExit:
+        child.terminate()
+        child.join()
+        raise
+    status = child.exitcode or 0
+    return status if status >= 0 else 128 - status
 
 
 def is_to_do(args: argparse.Namespace) -> bool:

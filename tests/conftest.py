@@ -90,7 +90,6 @@ def make_environment(project: Path) -> dict[str, str]:
         "BACKEND",
         "API_BASE",
         "RESTART",
-        "READY",
         "V",
         "API_ARGS",
     )
