@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from conftest import ROOT, run_make
 
+from medasst_tools import chain, cli
+
 pytestmark = pytest.mark.end_to_end
 METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 RECORDS = {
@@ -217,7 +219,7 @@ def test_clean_removes_only_what_the_demo_made(another):
 
 
 def make_with_words(project, *words: str) -> list[list[str]]:
-    """Run make with a `medasst` that only writes down when it began and ended, and with what; return the words of each call."""
+    """Run make with a `medasst` that only writes down when it began and ended, and with what; return the words of each verb."""
     log, fake = project / "calls", project / "fake"
     fake.write_text(f'#!/bin/sh\necho "begin $*" >> {log}; sleep 0.2; echo "end $*" >> {log}\n')
     fake.chmod(0o755)
@@ -225,7 +227,7 @@ def make_with_words(project, *words: str) -> list[list[str]]:
     run_make(project, *words, f"MEDASST={fake}")
     lines = log.read_text().splitlines()
     assert [line.removeprefix("begin ") for line in lines[::2]] == [line.removeprefix("end ") for line in lines[1::2]]
-    return [line.split()[1:] for line in lines[::2]]
+    return [words for line in lines[::2] for words in chain.split(line.split()[1:], cli.THEN)]
 
 
 def test_many_jobs_are_done_one_after_the_other(another):

@@ -13,12 +13,13 @@ import argparse
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from medasst_tools import console, provenance
+import psutil
+
+from medasst_tools import chain, console, provenance
 from medasst_tools.config import load
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import locked, open_permissions, read_json, write_json
@@ -214,10 +215,10 @@ def launch_training(config: dict[str, Any], launch: Launch, lock: int | None = N
     output_dir = Path(config["output_dir"])
     log = output_dir / (f"train-{launch.rank}.log" if launch.rank else "train.log")
     with written(as_launched(config, launch)) as path, console.log_of_child(log) as output:
-        command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", path]
-        held = () if lock is None else (lock,)
+        command = ["llamafactory-cli", "train", path]
         environment = child_environment(os.environ, launch)
-        child = subprocess.Popen(command, env=environment, pass_fds=held, stdout=output, stderr=output)
+        fork = chain.preloaded() and "FORCE_TORCHRUN" not in launch.environment
+        child = fork_with(command, environment, output) if fork else start(command, environment, output, lock)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             if status := _wait(child, output_dir):
@@ -237,12 +238,41 @@ def as_launched(config: dict[str, Any], launch: Launch) -> dict[str, Any]:
     return {"include_num_input_tokens_seen": tokens} | config | launch.settings | {"logging_nan_inf_filter": False}
 
 
-def _wait(child: subprocess.Popen, output_dir: Path) -> int:
+def start(command: list[str], environment: dict[str, str], output: int | None, lock: int | None) -> psutil.Process:
+    """Start the command, which stands beside this Python, with the lock's descriptor."""
+    program, *words = command
+    words = [str(Path(sys.executable).with_name(program)), *words]
+    held = () if lock is None else (lock,)
+    return psutil.Popen(words, env=environment, pass_fds=held, stdout=output, stderr=output)
+
+
+def fork_with(command: list[str], environment: dict[str, str], output: int | None) -> psutil.Process:
+    """Start the command in a fork of this process, which has imported what it needs, and holds the lock."""
+
+    def run_command() -> None:
+        from llamafactory.cli import main
+
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if output is not None:
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = command
+        main()
+
+    child = chain.FORK.Process(target=run_command)
+    child.start()
+    assert child.pid
+    return psutil.Process(child.pid)
+
+
+def _wait(child: psutil.Process, output_dir: Path) -> int:
     """Show how far the child is and return its status; a training whose loss is no number is ended, with CheckFailed."""
     seen, status = len(checkpoints.read_log(output_dir)), None
     with console.bar(sys.stderr, desc=f"train {output_dir.name}", unit="step") as bar:
         while status is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(psutil.TimeoutExpired):
                 status = child.wait(LOOK_EVERY)
             rows = checkpoints.read_log(output_dir)[seen:]
             if rows:
@@ -256,14 +286,13 @@ def _wait(child: subprocess.Popen, output_dir: Path) -> int:
     return status
 
 
-def _end_with_children(child: subprocess.Popen) -> None:
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        processes = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
-        for signal_of in (psutil.Process.terminate, psutil.Process.kill):
-            for process in processes:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    signal_of(process)
-            _, processes = psutil.wait_procs(processes, timeout=10)
-    child.wait()
+def _end_with_children(child: psutil.Process) -> None:
+    try:
+        processes = [*child.children(recursive=True), child]
+    except psutil.NoSuchProcess:
+        return
+    for signal_of in (psutil.Process.terminate, psutil.Process.kill):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                signal_of(process)
+        _, processes = psutil.wait_procs(processes, timeout=10)
