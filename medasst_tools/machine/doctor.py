@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     configs = load_configs(args.experiment) if args.experiment else {}
     findings = []
     for check in itertools.chain(check_environment(), check_experiment(configs) if configs else ()):
+        if check in findings:  # of training data and test sets, say
+            continue
         findings.append(check)
         if not args.json:
             print(f"{column(check.status, 7)} {column(check.what, 14)} {said(check.line())}", flush=True)
@@ -119,7 +121,7 @@ def check_data(config: dict[str, Any], key: str) -> Check:
         hashes = provenance.data_hashes(config, key)
     except UserError as error:
         yet = samples and not (folder / "dataset_info.json").is_file()
-        return Check("warn" if yet else "fail", "data", str(error), step)
+        return Check("warn" if yet else "fail", "data", str(error).partition(";")[0], step)
     manifest = read_json(folder / "manifest.json")
     if manifest is None:
         detail = f"{folder}: {len(names)} datasets, your own: not converted here, so nothing vouches for them"
