@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     configs = load_configs(args.experiment) if args.experiment else {}
     findings = []
     for check in itertools.chain(check_environment(), check_experiment(configs) if configs else ()):
+        if check in findings:  # training and test sets in one folder, say
+            continue
         findings.append(check)
         if not args.json:
             print(f"{check.status:7} {check.what:14} {check.line()}", flush=True)
