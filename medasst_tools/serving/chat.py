@@ -65,6 +65,7 @@ new MutationObserver(() => {{
 }}).observe(document, {{subtree: true, attributeFilter: ["placeholder"]}});
 </script>
 """
+Address = tuple[str, int, tuple[str, str] | None]  # host, port, (user, password) where the page has them
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 
 
@@ -97,8 +98,8 @@ def run(args: argparse.Namespace) -> None:
         serve_page(address, config, provenance.describe(config, trained) if args.expert else None)
 
 
-def read_address() -> tuple[str, int, tuple[str, str] | None]:
-    """Return (host, port, (user, password) or None) of the environment; UserError if open to others, taken or nonsense."""
+def read_address() -> Address:
+    """Return the address that the environment asks for; UserError if it is open to others, taken or nonsense."""
     if os.environ.get("GRADIO_SHARE", "").lower() in ("1", "true", "y"):
         raise UserError("GRADIO_SHARE would publish the chat through a tunnel; unset it, and see CHAT_AUTH in --help")
     auth = None
@@ -124,7 +125,7 @@ def chat_in_terminal() -> None:
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
-def serve_page(address: tuple[str, int, tuple[str, str] | None], config: dict[str, Any], about: str | None) -> None:
+def serve_page(address: Address, config: dict[str, Any], about: str | None) -> None:
     """Serve the page until interrupted; its address is the last line that is printed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with console.logged(Path("results") / "chat.log") as terminal:
