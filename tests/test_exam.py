@@ -14,6 +14,7 @@ from medasst_tools.training.tiny_model import build_tiny_model
 
 PROTOCOL = load_protocol()
 SUBJECTS = load_subjects(SAMPLES / "exams", PROTOCOL)
+WORDING = next(iter(PROTOCOL["prompts"].values()))
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,13 @@ def loaded(chat_config):
     return exam.load_model(yaml.safe_load(chat_config.read_text(encoding="utf-8")))
 
 
+def encoder(loaded):
+    _, tokenizer, template = loaded
+    return lambda turns: template.encode_oneturn(tokenizer, turns)[0]
+
+
 def prompts_of(subject, loaded, shots):
-    model, tokenizer, template = loaded
-    encode = lambda turns: template.encode_oneturn(tokenizer, turns)[0]  # noqa: E731
-    return [
-        exam.make_prompt(question, subject, shots, next(iter(PROTOCOL["prompts"].values())), encode, 4096)
-        for question in subject.questions
-    ]
+    return [exam.make_prompt(one, subject, shots, WORDING, encoder(loaded), 4096) for one in subject.questions]
 
 
 @pytest.mark.parametrize("shots", [0, 5])
@@ -63,14 +64,11 @@ def test_same_answers_as_llamafactorys_evaluator(loaded, shots):
             )[0]
             for prompt in prompts
         ]
-        ours = {}
-        for batch, probabilities in exam.answer_prompts(
-            model, prompts, evaluator.choice_inputs, tokenizer.pad_token_id
-        ):
-            ours |= {
-                p.question.id: exam._row(p.question, 0, probs, 0)["predicted"]
-                for p, probs in zip(batch, probabilities, strict=True)
-            }
+        ours = {
+            prompt.question.id: exam._row(prompt.question, 0, row, 0)["predicted"]
+            for batch, rows in exam.answer_prompts(model, prompts, evaluator.choice_inputs, tokenizer.pad_token_id)
+            for prompt, row in zip(batch, rows, strict=True)
+        }
         assert [ours[prompt.question.id] for prompt in prompts] == theirs
 
 
@@ -98,30 +96,15 @@ def test_batches_and_shared_prefixes_change_no_probability(loaded, monkeypatch):
 
 
 def test_examples_go_before_the_question_does(loaded):
-    model, tokenizer, template = loaded
-    subject = SUBJECTS[0]
-    encode = lambda turns: template.encode_oneturn(tokenizer, turns)[0]  # noqa: E731
+    subject, encode = SUBJECTS[0], encoder(loaded)
+    question = subject.questions[0]
     lengths = [
-        len(
-            encode(
-                messages(
-                    subject.questions[0],
-                    subject.examples[:shots],
-                    subject.chinese_name,
-                    next(iter(PROTOCOL["prompts"].values())),
-                )
-            )
-        )
-        for shots in range(6)
+        len(encode(messages(question, subject.examples[:shots], subject.chinese_name, WORDING))) for shots in range(6)
     ]
-    prompt = exam.make_prompt(
-        subject.questions[0], subject, 5, next(iter(PROTOCOL["prompts"].values())), encode, lengths[3]
-    )
+    prompt = exam.make_prompt(question, subject, 5, WORDING, encode, lengths[3])
     assert (len(prompt.ids), prompt.dropped) == (lengths[3], 2)
     with pytest.raises(UserError, match="don't fit the model's"):
-        exam.make_prompt(
-            subject.questions[0], subject, 5, next(iter(PROTOCOL["prompts"].values())), encode, lengths[0] - 1
-        )
+        exam.make_prompt(question, subject, 5, WORDING, encode, lengths[0] - 1)
 
 
 def run_exam(chat_config, out, *words) -> int:
@@ -203,6 +186,16 @@ def test_orders_of_rigged_models(chat_config, tmp_path, monkeypatch, answer, all
     )
     lines = (tmp_path / "exam_orders.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 4 * report["n"] == 4 * len((tmp_path / "exam.jsonl").read_text(encoding="utf-8").splitlines())
+
+
+def test_ties_are_counted(chat_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exam, "_answers", lambda config, subjects, missing, *_: (
+        (exam.Prompt(question, [], 0, order), [0.3, 0.3, 0.2, 0.2] if question.id == "0" else [0.4, 0.3, 0.2, 0.1])
+        for question, order in missing
+    ))  # fmt: skip
+    assert run_exam(chat_config, tmp_path) == 0
+    tied = sum(question.id == "0" for subject in SUBJECTS for question in subject.questions)
+    assert tied and f"ties {tied}\n" in capsys.readouterr().out
 
 
 def test_four_orders_of_the_real_model(chat_config, tmp_path, monkeypatch):

@@ -66,6 +66,22 @@ def test_scores_intervals_and_datasets(tmp_path, capsys):
     assert "model" not in read_scores(tmp_path)["made_of"] and "by_dataset" not in read_scores(tmp_path)
 
 
+def test_copies_of_a_question_are_no_news_and_test_sets_are_strata(tmp_path):
+    """Fifty copies of each answer: the interval is that of the few questions; two test sets of one score each: none is left."""
+    good, bad = line("多喝水。", "多喝水。", "a|"), line("无", "多喝水。", "b|")
+    texts = {"alone": good + bad, "copied": good * 50 + bad * 50, "strata": good * 50 + bad * 50}
+    widths = {}
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        if name == "strata":
+            write_record(tmp_path / name, text, {"a_test": 50, "b_test": 50})
+        assert score(tmp_path / name, text) == 0
+        scores = read_scores(tmp_path / name)
+        widths[name] = scores["ci95"]["rouge-l"][1] - scores["ci95"]["rouge-l"][0]
+        assert scores["clusters"] == 2
+    assert widths == {"alone": widths["copied"], "copied": pytest.approx(100, abs=0.01), "strata": 0}
+
+
 TURNS = ["<q1>", "<q1>a<q2>", "<q1>a<q2>b<q3>", "<q1>a<q2>b<q3>c<q4>", "<q1>a<q2>b<q3>c<q4>d<q5>", "<r1>", "<r1>a<r2>"]
 LABELS = [
     "休息。",

@@ -32,32 +32,26 @@ EXAM_PROTOCOL = PROJECT_ROOT / "dataset_info" / "exams.yaml"
 PACKAGES = ("llamafactory", "torch", "transformers", "peft", "datasets", "medasst-tools")
 RECORD = "report.json"
 PAGES = {"en": "report.md", "zh": "report_zh.md"}
+RESULTS, SAVES, CONFIGS = Path("results"), Path("saves"), Path("factory_configs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument(
-        "experiments", nargs="*", metavar="EXPERIMENT", help="default: every folder in the results folder"
-    )
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="where the steps wrote (results)")
-    parser.add_argument("--saves-dir", type=Path, default=Path("saves"), help="where training wrote (saves)")
-    parser.add_argument(
-        "--configs-dir", type=Path, default=Path("factory_configs"), help="rendered configs (factory_configs)"
-    )
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: every folder in results/")
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the report."""
-    present = sorted(path.name for path in args.results_dir.glob("*/") if path.name != "figures")
+    present = sorted(path.name for path in RESULTS.glob("*/") if path.name != "figures")
     names = args.experiments or present
-    if unknown := [name for name in names if not (args.configs_dir / name).is_dir() and name not in present]:
-        raise UserError(f"no experiment {unknown[0]!r} in {args.configs_dir} or {args.results_dir}")
-    about = made_of(names, args)
-    if provenance.up_to_date(args.results_dir / RECORD, about):
+    if unknown := [name for name in names if not (CONFIGS / name).is_dir() and name not in present]:
+        raise UserError(f"no experiment {unknown[0]!r} in {CONFIGS} or {RESULTS}")
+    about = made_of(names)
+    if provenance.up_to_date(RESULTS / RECORD, about):
         return
     paper, protocol = read_yaml(PAPER), read_yaml(EXAM_PROTOCOL)
-    results = {name: read_experiment(name, args.results_dir, args.saves_dir, args.configs_dir) for name in names}
-    comparisons = compare_with_bases(results, args.results_dir)
+    results = {name: read_experiment(name, RESULTS / name, SAVES / name, CONFIGS / name) for name in names}
+    comparisons = compare_with_bases(results)
     subjects = {
         f"{benchmark}/{subject}": entry["name"]
         for benchmark, facts in protocol["benchmarks"].items()
@@ -66,24 +60,24 @@ def run(args: argparse.Namespace) -> None:
     pages = {}
     for lang, file in PAGES.items():
         titles = {name: result["shown"] for name, result in results.items()}
-        figures = draw_all(results, titles, subjects, args.results_dir / "figures" / lang, lang)
-        shown = {name: path.relative_to(args.results_dir).as_posix() for name, path in figures.items()}
+        figures = draw_all(results, titles, subjects, RESULTS / "figures" / lang, lang)
+        shown = {name: path.relative_to(RESULTS).as_posix() for name, path in figures.items()}
         pages[lang] = render_markdown(paper, results, comparisons, shown, lang)
-        write_text(args.results_dir / file, _folded(pages[lang]))
-    write_text(args.results_dir / "report.html", render_html(pages, args.results_dir))
-    pages_written = [args.results_dir / name for name in (*PAGES.values(), "report.html")]
-    write_json(args.results_dir / RECORD, provenance.record(args.results_dir / RECORD, about, pages_written))
+        write_text(RESULTS / file, _folded(pages[lang]))
+    write_text(RESULTS / "report.html", render_html(pages))
+    pages_written = [RESULTS / name for name in (*PAGES.values(), "report.html")]
+    write_json(RESULTS / RECORD, provenance.record(RESULTS / RECORD, about, pages_written))
     for name, result in results.items():
         for kind, reason in result["stale"].items():
             print(f"stale: {name}, {kind}: {reason}")
     print(tables.printed(results) if results else "no experiment run yet")
-    print(f"The report beside the paper's tables: {args.results_dir}/report.html (report.md, report_zh.md)")
+    print(f"The report beside the paper's tables: {RESULTS}/report.html (report.md, report_zh.md)")
 
 
-def made_of(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
+def made_of(names: list[str]) -> dict[str, Any]:
     """Return what the report depends on: every file that a step wrote of these experiments, their configs, the templates."""
-    patterns = [(args.results_dir, "{}/*.json*"), (args.saves_dir, "{}/*.json*"), (args.configs_dir, "{}/*.yaml")]
-    files = [path for folder, pattern in patterns for name in names for path in folder.glob(pattern.format(name))]
+    patterns = ((RESULTS, "*.json*"), (SAVES, "*.json*"), (CONFIGS, "*.yaml"))
+    files = [path for folder, pattern in patterns for name in names for path in (folder / name).glob(pattern)]
     data = {load(path, kind="predict")["dataset_dir"] for path in files if path.name == "predict.yaml"}
     files += [path for folder in data for path in Path(folder).glob("*.json")]
     files += [PAPER, EXAM_PROTOCOL, *(PROJECT_ROOT / "templates").glob("report*")]
@@ -93,7 +87,7 @@ def made_of(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def compare_with_bases(results: dict[str, dict[str, Any]], results_dir: Path) -> list[dict[str, Any]]:
+def compare_with_bases(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare each tuned experiment with the untuned one of the same base model, where both have run and nothing is stale."""
     comparisons = []
     for tuned, result in results.items():
@@ -102,7 +96,7 @@ def compare_with_bases(results: dict[str, dict[str, Any]], results_dir: Path) ->
                 stale = [name for name in (tuned, base) if results[name]["stale"]]
                 outcome: dict[str, Any] = {"error": f"{stale[0]}: stale, see above"} if stale else {}
                 try:
-                    outcome = outcome or compare_folders(results_dir / tuned, results_dir / base)
+                    outcome = outcome or compare_folders(RESULTS / tuned, RESULTS / base)
                 except UserError as error:
                     outcome = {"error": str(error)}
                 comparisons.append({"a": result["shown"], "b": other["shown"]} | outcome)
@@ -187,12 +181,12 @@ def render_markdown(paper, results, comparisons, figures: dict[str, str], lang: 
     )
 
 
-def render_html(pages: dict[str, str], folder: Path) -> str:
+def render_html(pages: dict[str, str]) -> str:
     """Return the Markdown pages as one HTML file with a switch: style and figures inside, nothing fetched, no script."""
     from markdown_it import MarkdownIt
 
     def inline(image: re.Match) -> str:
-        data = base64.b64encode((folder / image[1]).read_bytes()).decode()
+        data = base64.b64encode((RESULTS / image[1]).read_bytes()).decode()
         return f'src="data:image/png;base64,{data}"'
 
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")

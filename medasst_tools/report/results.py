@@ -17,9 +17,8 @@ from medasst_tools.report.figures import read_losses
 SHOWN_ANSWERS = 3  # best, and as many worst
 
 
-def read_experiment(name: str, results_dir: Path, saves_dir: Path, configs_dir: Path) -> dict[str, Any]:
-    """Return what the steps wrote about one experiment; a missing file is None or empty, a stale one is in `stale` instead."""
-    results, saves, configs = results_dir / name, saves_dir / name, configs_dir / name
+def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dict[str, Any]:
+    """Return what the steps wrote in an experiment's folders; a missing file is None or empty, a stale one is in `stale` instead."""
     found = {kind: read_json(results / f"{kind}.json") for kind in ("scores", "exam", "safety")}
     stale = {}
     for kind, reason in why_stale(name, found, results, configs):
@@ -30,11 +29,11 @@ def read_experiment(name: str, results_dir: Path, saves_dir: Path, configs_dir: 
     scored, examined = ((found[kind] or {}).get("made_of") for kind in ("scores", "exam"))
     answers = best_and_worst(results, configs / "predict.yaml", found["scores"]) if found["scores"] else {}
     return found | {
-        "shown": provenance.shown_name(name, configs_dir, train=run and run["made_of"], predict=scored, exam=examined),
+        "shown": provenance.shown_name(
+            name, configs.parent, train=run and run["made_of"], predict=scored, exam=examined
+        ),
         "stale": stale,
-        "exam_rows": list(read_jsonl(results / "exam.jsonl"))
-        if found["exam"] and (results / "exam.jsonl").is_file()
-        else [],
+        "exam_rows": _rows(results / "exam.jsonl") if found["exam"] else [],
         "run": run,
         "losses": read_losses(saves),
         "base": (config.get("model_name_or_path"), "adapter_name_or_path" in config),
@@ -44,6 +43,10 @@ def read_experiment(name: str, results_dir: Path, saves_dir: Path, configs_dir: 
         "datasets": _trained_on(configs),
         "answers": answers,
     }
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return list(read_jsonl(path)) if path.is_file() else []
 
 
 def _config(path: Path, kind: str) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def _why_scores_are_stale(name: str, about: dict[str, Any], results: Path, confi
 
 def best_and_worst(results: Path, predict_config: Path, scores: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return {"best": ..., "worst": ...}: the records with the highest and lowest mean of the metrics, no record in both."""
-    rows = list(read_jsonl(results / "per_record.jsonl")) if (results / "per_record.jsonl").is_file() else []
+    rows = _rows(results / "per_record.jsonl")
     means = [(sum(row[name] for name in metric_names()) / len(metric_names()), -at) for at, row in enumerate(rows)]
     each = min(SHOWN_ANSWERS, len(means) // 2)
     places = {"best": heapq.nlargest(each or len(means), means), "worst": heapq.nsmallest(each, means)}
