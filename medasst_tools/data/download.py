@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     for model in models:
         failures += from_first_hub(hubs[:1], partial(fetch_model, model, args.models_dir))
     if failures:
-        raise UserError("\nmedasst download: error: ".join(failures))
+        raise UserError("\n".join(failures))
 
 
 def hubs_in_order() -> list[str]:
