@@ -9,6 +9,7 @@ import argparse
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,6 @@ from pathlib import Path
 
 from medasst_tools import console
 from medasst_tools.config import read_yaml
-from medasst_tools.machine import hardware
 
 FORK = multiprocessing.get_context("fork")
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
@@ -39,7 +39,7 @@ def split(words: list[str], mark: str) -> Iterator[list[str]]:
 
 def run(verbs: list[argparse.Namespace], run_verb: Callable[[argparse.Namespace], int]) -> int:
     """Run the verbs until one fails, and return its exit status, else 0."""
-    if sum(is_to_do(args) for args in verbs) > 1 and not hardware.gpus():
+    if sum(is_to_do(args) for args in verbs) > 1 and not shutil.which("nvidia-smi"):
         preload()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import MutableMapping
 
@@ -104,11 +105,15 @@ def run_verb(args: argparse.Namespace) -> int:
         print(f"medasst {args.verb}: {said(str(failed))}", file=sys.stderr)
         return 1
     except UserError as error:
-        print(f"medasst {args.verb}: {word('error')}: {said(str(error))}", file=sys.stderr)
+        for line in said(str(error)).split("\n"):
+            print(f"medasst {args.verb}: {word('error')}: {line}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `medasst doctor | head`: who read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         # a full disk, a folder without permission, a file that went away: the system's words name the path
-        words = f"{error.strerror or error}: {error.filename or ''}"
+        words = ": ".join(filter(None, (error.strerror or str(error), error.filename)))
         print(f"medasst {args.verb}: {word('error')}: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

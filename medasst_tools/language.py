@@ -36,10 +36,12 @@ def word(text: str) -> str:
 
 
 def translated(text: str) -> str:
-    """Return a message in Chinese: by its own pattern, else by its parts between semicolons and behind a colon."""
+    """Return a message in Chinese: by its own pattern, else by its parts: before brackets, between semicolons, behind a colon."""
     for pattern, chinese in _patterns():
         if found := pattern.fullmatch(text):
             return chinese.format(*map(translated, found.groups()))
+    if (found := re.fullmatch(r"(.+) \((.*)\)", text)) and (inner := translated(found[1])) != found[1]:
+        return f"{inner}（{found[2]}）"
     for mark, full_width in (("; ", "；"), (": ", "：")):
         before, found, after = text.partition(mark)
         if found and (parts := (translated(before), translated(after))) != (before, after):

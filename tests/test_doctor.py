@@ -310,7 +310,7 @@ def test_packages_against_constraints(tmp_path):
 @pytest.mark.parametrize(
     ("driver", "cuda", "problem"),
     [
-        ("580.65.06", "13.0", None), ("570.1", "13.0", "older than 580"), ("535.104", "12.8", None),
+        ("580.65.06", "13.0", None), ("570.1", "13.0", "older than 580, which torch's CUDA 13.0 needs; update the driver, or install torch for an older CUDA: `rm -rf .venv; UV_TORCH_BACKEND=cu126 make setup`"), ("535.104", "12.8", None),
         ("515.1", "12.8", "older than 525"), ("580.1", None, "built without CUDA"), ("580.1", "99.0", None),
     ],
 )  # fmt: skip

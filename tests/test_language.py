@@ -12,15 +12,24 @@ from conftest import ROOT
 from medasst_tools import cli, language
 
 TOOLS = ROOT / "medasst_tools"
-SAYING = {"UserError", "CheckFailed", "Check", "Located", "said", "_replace"}  # what they are given is shown
-# where a message is what a function returns or yields, for one of these
+SAYING = {
+    "UserError",
+    "CheckFailed",
+    "Check",
+    "Located",
+    "said",
+    "_replace",
+    "append",
+    "locked",
+}  # what they are given is shown
+# where a message is also what a function returns, yields or gives a name, for one of these
 RETURNING = {
     "config.py", "data/download.py", "data/registry.py", "inference/endpoint.py", "machine/doctor.py", "machine/hardware.py",
     "machine/hub.py", "machine/preflight.py", "provenance.py", "render.py", "training/checkpoints.py", "training/launch.py",
     "training/train.py",
 }  # fmt: skip
-# of these functions what is returned is no message, or is printed beside English numbers: progress, not an error
-NOT_SAID = {"describe", "only_more_samples"}
+# functions whose texts are no messages, or progress beside English numbers, or both languages' already
+NOT_SAID = {"describe", "only_more_samples", "summary", "train", "_flat", "up_to_date"}
 ENGLISH = re.compile(
     r"\b(the|an?|is|isn't|are|aren't|it|its|no|not|of|and|or|in|to|on|must|has|have|be|there|which|with|than|that|goes|was|needs?"
     r"|doesn't|can't|made|makes|given?|again|another|other)\b"
@@ -54,13 +63,13 @@ def templates_in(node: ast.AST):
 def said_in(path: Path) -> set[str]:
     """Return the templates of all that a module says to the user, sentences only."""
     tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
-    progress = [node for one in ast.walk(tree) if getattr(one, "name", "") in NOT_SAID for node in ast.walk(one)]
-    for node in ast.walk(tree):
+    progress = {node for one in ast.walk(tree) if getattr(one, "name", "") in NOT_SAID for node in ast.walk(one)}
+    for node in set(ast.walk(tree)) - progress:
         values = []
         if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in SAYING:
             values = [*node.args, *(word.value for word in node.keywords)]
-        elif isinstance(node, ast.Return | ast.Yield) and str(path.relative_to(TOOLS)) in RETURNING:
-            values = [node.value] if node.value and node not in progress else []
+        elif isinstance(node, ast.Return | ast.Yield | ast.Assign) and str(path.relative_to(TOOLS)) in RETURNING:
+            values = [node.value] if node.value else []
         found |= {text for value in values for text in templates_in(value) if SENTENCE.search(text)}
     return found
 
@@ -125,6 +134,10 @@ def test_the_language_is_the_locales_unless_said(variables, chinese):
         ("no folder saves/nothing; `make train EXPERIMENT=nothing` makes it; --anyway goes on all the same",
          "没有目录 saves/nothing；`make train EXPERIMENT=nothing` 会生成它；--anyway 可强行继续"),
         ("data is empty; get it again", "data 是空的；请重新获取"),
+        ("a.json: no hub has it; put it there from https://a.cn, folder data/; a.json has 3 bytes instead of 5",
+         "a.json：没有平台提供；请从 https://a.cn, folder data/ 获取后放在那里；a.json 有 3 字节，应为 5"),
+        ("http://a/v1: wrong or missing key: set API_KEY or OPENAI_API_KEY (no (at all))",
+         "http://a/v1：密钥错误或缺失：请设置 API_KEY 或 OPENAI_API_KEY（no (at all)）"),
         ("/a b/data (1)/no data.zip is empty; get it again", "/a b/data (1)/no data.zip 是空的；请重新获取"),
         ("what nobody ever wrote", "what nobody ever wrote"),
         ("llamafactory-cli train ended with status 1; the same command goes on from the last checkpoint; more in a.log\n  | no module; x: y",

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     for model in models:
         failures += from_first_hub(hubs[:1], partial(fetch_model, model))
     if failures:
-        raise UserError("\nmedasst download: error: ".join(failures))
+        raise UserError("\n".join(failures))
 
 
 def hubs_in_order() -> list[str]:

@@ -62,7 +62,7 @@ def driver_problem(driver: str) -> str | None:
         return "this torch was built without CUDA; install the ordinary build: `make setup` in a fresh .venv"
     major, oldest = driver.split(".")[0], OLDEST_DRIVER.get(int(cuda.split(".")[0]))
     if oldest and major.isdecimal() and int(major) < oldest:
-        return f"driver {driver} is older than {oldest}, which torch's CUDA {cuda} needs; update the driver, or install torch for an older CUDA: `UV_TORCH_BACKEND=cu126 .venv/bin/uv pip install torch==2.11.0 torchvision torchaudio` (docs/models.md)"
+        return f"driver {driver} is older than {oldest}, which torch's CUDA {cuda} needs; update the driver, or install torch for an older CUDA: `rm -rf .venv; UV_TORCH_BACKEND=cu126 make setup` (docs/install.md)"
     return None
 
 

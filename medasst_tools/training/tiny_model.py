@@ -20,7 +20,7 @@ from pathlib import Path
 from medasst_tools import provenance
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
-from medasst_tools.files import locked, read_jsonl, sha256_of, write_json
+from medasst_tools.files import locked, open_permissions, read_jsonl, sha256_of, write_json
 
 # Qwen2's own special tokens; LLaMA-Factory's `qwen` template writes the two chat marks and pads with the first.
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -113,6 +113,8 @@ def build_tiny_model(
         Qwen2ForCausalLM(config).save_pretrained(work)
         tokenizer.save_pretrained(work)
         _write_text_dataset(documents, work, seed)
+        work.chmod(0o755)  # mkdtemp's folder is for its owner only
+        open_permissions(work)
         shutil.rmtree(out, ignore_errors=True)
         work.rename(out)
 
