@@ -11,8 +11,11 @@ import re
 import sys
 from collections.abc import MutableMapping
 
+from medasst_tools import chain
 from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.language import said, word
 
+THEN = "then"  # between verbs that run one after the other
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 # {verb: (its module in medasst_tools, what it is for)}
@@ -80,27 +83,37 @@ def fit_proxies(environment: MutableMapping[str, str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return its exit status: 0 done, 1 a check failed, 2 a user's mistake, 130 interrupted."""
+    """Run one verb, or several with the word `then` between them; return the exit status of the last that ran.
+
+    0 done, 1 a check failed, 2 a user's mistake, 130 interrupted.
+    """
     argv = sys.argv[1:] if argv is None else argv
     # torch's threads otherwise spin while they wait: beside other work two cores train at less than half the speed
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("USER", str(os.getuid()))  # torch asks for a name, which a container's user id needn't have
     fit_proxies(os.environ)
-    args = parse(argv)
+    verbs = [parse(words) for words in chain.split(argv, THEN)] or [parse([])]
+    return run_verb(verbs[0]) if len(verbs) == 1 else chain.run(verbs, run_verb)
+
+
+def run_verb(args: argparse.Namespace) -> int:
+    """Run one verb and return its exit status; an error becomes a line."""
     try:
         return import_verb(args.verb).run(args) or 0
     except CheckFailed as failed:
-        print(f"medasst {args.verb}: {failed}", file=sys.stderr)
+        print(f"medasst {args.verb}: {said(str(failed))}", file=sys.stderr)
         return 1
     except UserError as error:
-        print(f"medasst {args.verb}: error: {error}", file=sys.stderr)
+        print(f"medasst {args.verb}: {word('error')}: {said(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         # a full disk, a folder without permission, a file that went away: the system's words name the path
-        print(f"medasst {args.verb}: error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+        words = f"{error.strerror or error}: {error.filename or ''}"
+        print(f"medasst {args.verb}: {word('error')}: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"medasst {args.verb}: interrupted; the same command goes on or starts again", file=sys.stderr)
+        words = said("interrupted; the same command goes on or starts again")
+        print(f"medasst {args.verb}: {words}", file=sys.stderr)
         return 130
 
 

@@ -100,28 +100,18 @@ def dataset_files(dataset_dir: Path, names: str | list[str]) -> dict[str, Path]:
 def data_hashes(config: dict[str, Any], key: str) -> dict[str, str]:
     """Return {dataset: sha256} of a config's `dataset` or `eval_dataset`; one that a hub has counts by its entry."""
     folder = Path(config["dataset_dir"])
-    paths = dataset_files(folder, config[key])
-    info = read_json(folder / "dataset_info.json") or {}
     hashes = {}
+    paths, info = dataset_files(folder, config[key]), read_json(folder / "dataset_info.json") or {}
     for name in dataset_names(config[key]):
         path = paths.get(name)
-        if path is None:
-            hashes[name] = short(info[name])
-        elif path.is_dir():
-            hashes[name] = short([[file.name, sha256_of(file)] for file in sorted(path.iterdir()) if file.is_file()])
-        else:
-            hashes[name] = sha256_of(path)
+        hashes[name] = (folder_sha256(path, ("*",)) or sha256_of(path)) if path else short(info[name])
     return hashes
 
 
 def code_sha256(*rooms: str) -> str:
     """Return one sha256 over the source of these rooms or modules of medasst_tools: an update makes cheap steps anew."""
-    folder = PROJECT_ROOT / "medasst_tools"
-    files = [
-        file
-        for room in rooms
-        for file in sorted((folder / room).rglob("*.py") if (folder / room).is_dir() else [folder / room])
-    ]
+    places = [PROJECT_ROOT / "medasst_tools" / room for room in rooms]
+    files = [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -202,20 +192,17 @@ def folder_sha256(folder: Path, patterns: tuple[str, ...] = MODEL_FILES) -> str 
     return hashlib.sha256("".join(f"{path.name} {sha256_of(path)}\n" for path in files).encode()).hexdigest()
 
 
-def base_identity(config: dict[str, Any]) -> str:
-    """Return the sha256 of a base that is a folder here, else its hub id."""
-    base = str(config["model_name_or_path"])
-    return folder_sha256(Path(base)) or base
-
-
 def model_identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what answers are answers of: {"base", "adapter", "run"}, as far as there is one of each."""
-    adapters = str(config.get("adapter_name_or_path") or "")
+    """Return what answers are answers of: {"base", "adapter", "run"}, as far as there is one of each.
+
+    A folder here counts by its sha256, a hub's model by its id.
+    """
+    base, adapters = str(config["model_name_or_path"]), str(config.get("adapter_name_or_path") or "")
     run = run_of(config)
     found = {
-        "base": base_identity(config),
-        "adapter": ",".join(folder_sha256(Path(name)) or name for name in adapters.split(",") if name) or None,
-        "run": run_id(run) if run else None,
+        "base": folder_sha256(Path(base)) or base,
+        "adapter": ",".join(folder_sha256(Path(name)) or name for name in adapters.split(",") if name),
+        "run": run and run_id(run),
     }
     return {key: value for key, value in found.items() if value}
 
@@ -286,18 +273,14 @@ def check_model(config: dict[str, Any], where: Path) -> dict[str, Any] | None:
 def _other_base(config: dict[str, Any], run: dict[str, Any]) -> str | None:
     """Return what a config puts its last adapter on, base or lower adapters, if that isn't what it was trained on."""
     *lower, _ = str(config["adapter_name_or_path"]).split(",")
-    here = model_identity(
-        {"model_name_or_path": config["model_name_or_path"], "adapter_name_or_path": ",".join(lower)}
-    )
-    then = run["made_of"]["model"]
+    here, then = model_identity(config | {"adapter_name_or_path": ",".join(lower)}), dict(run["made_of"]["model"])
     if not run["made_of"]["settings"].get("create_new_adapter"):
-        then = then | {"adapter": None}  # an adapter that was trained on stands for both
-    for key, name in (
-        ("base", f"the base {config['model_name_or_path']}"),
-        ("adapter", ",".join(lower) or "no adapter"),
-    ):
+        then.pop("adapter", None)  # an adapter that was trained on stands for both
+    names = {"base": f"the base {config['model_name_or_path']}", "adapter": ",".join(lower) or "no adapter"}
+    for key, name in names.items():
         if here.get(key) != then.get(key):
-            return f"{name} ({brief(here.get(key))}), but it was trained on {brief(then.get(key))}; train again, or put the old {key} back"
+            trained = f"it was trained on {brief(then.get(key))}; train again, or put the old {key} back"
+            return f"{name} ({brief(here.get(key))}), but {trained}"
     return None
 
 

@@ -44,17 +44,19 @@ class Server(NamedTuple):
     process: subprocess.Popen
     log: Path
 
-    def wait(self, seconds: int = 240) -> None:
+    def wait(self, path: str = "", seconds: int = 240) -> None:
         """Return when the address answers; an error shows what the server said."""
         for _ in range(seconds * 4):
             if self.process.poll() is not None:
                 break
             try:
-                urllib.request.urlopen(self.url, timeout=5).close()
+                urllib.request.urlopen(self.url + path, timeout=5).close()
                 return
             except OSError:
                 time.sleep(0.25)
-        raise RuntimeError(f"{self.url}: no answer, status {self.process.poll()}:\n{self.log.read_text()[-4000:]}")
+        raise RuntimeError(
+            f"{self.url}{path}: no answer, status {self.process.poll()}:\n{self.log.read_text()[-4000:]}"
+        )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def pytest_xdist_make_scheduler(config, log):
     return Files(config, log)
 
 
+def lines_of(folder: Path) -> set[str]:
+    """Return every line of text under a folder, in whatever format: whole files, dirt included."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".zip"]
+    return {line for path in files for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line}
+
+
+def sample_lines() -> set[str]:
+    """Return every line of the bundled samples."""
+    return lines_of(SAMPLES)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with `raw/` and `exams/` of real text; its tests are marked `real_data`."""
@@ -54,8 +66,11 @@ def real_data() -> Path:
     return REAL_DATA
 
 
-def copy_project(target: Path) -> Path:
-    """Copy the working tree (what git tracks or would track) to `target`, a checkout of its own, with this environment."""
+def copy_project(target: Path, change: Callable[[Path], None] = lambda folder: None) -> Path:
+    """Copy the working tree (what git tracks or would track) to `target`, a checkout of its own, with this environment.
+
+    change: what is done to it before it is committed.
+    """
     listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     names = subprocess.run(listed, capture_output=True, check=True).stdout.decode().split("\0")
     for name in filter(None, names):
@@ -67,6 +82,7 @@ def copy_project(target: Path) -> Path:
     for part in Path(sys.prefix).iterdir():
         if not part.name.startswith("."):
             (venv / part.name).symlink_to(part)
+    change(target)
     git = ["git", "-C", str(target), "-c", "user.name=test", "-c", "user.email=test@localhost"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "-A"], check=True)
@@ -77,23 +93,10 @@ def copy_project(target: Path) -> Path:
 def make_environment(project: Path) -> dict[str, str]:
     """Return the environment in which make in a copy runs the copy's own medasst_tools, not the installed tree's."""
     # `make test ARGS=...` hands its variables to every make below it, by the environment too
-    of_the_outer_make = (
-        "MAKEFLAGS",
-        "MAKEOVERRIDES",
-        "MAKELEVEL",
-        "MFLAGS",
-        "ARGS",
-        "EXPERIMENT",
-        "RAW",
-        "EXAMS",
-        "SHOTS",
-        "BACKEND",
-        "API_BASE",
-        "RESTART",
-        "READY",
-        "V",
-        "API_ARGS",
+    names = (
+        "MAKEFLAGS MAKEOVERRIDES MAKELEVEL MFLAGS ARGS EXPERIMENT RAW EXAMS SHOTS BACKEND API_BASE RESTART V API_ARGS"
     )
+    of_the_outer_make = names.split()
     kept = {key: value for key, value in os.environ.items() if key not in of_the_outer_make}
     return kept | {"PYTHONPATH": str(project), "PYTHON": sys.executable}
 
@@ -111,8 +114,20 @@ def run_make(project: Path, *words: str, check: bool = True) -> subprocess.Compl
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Path:
-    """A copy of the project for the tests that run make; what `evaluated` makes in it is there for all of them."""
-    return copy_project(tmp_path_factory.mktemp("project"))
+    """A copy of the project for the tests that run make; what `evaluated` makes in it is there for all of them.
+
+    Its demo makes a third of the steps: enough to be told from its base.
+    """
+    return copy_project(tmp_path_factory.mktemp("project"), fewer_steps)
+
+
+def fewer_steps(folder: Path) -> None:
+    path = folder / "factory_configs/experiments.yaml"
+    text = path.read_text(encoding="utf-8")
+    assert text.count("max_steps: [600,") == 1
+    path.write_text(text.replace("max_steps: [600,", "max_steps: [200,"), encoding="utf-8")
+    words = [sys.executable, "-m", "medasst_tools.cli", "render"]
+    subprocess.run(words, cwd=folder, env=make_environment(folder), check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +158,7 @@ def forkserver():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """A LoRA train.yaml of 90 steps on a very small model; dropout, so that the random state matters too."""
+    """A LoRA train.yaml of 45 steps on a very small model; dropout, so that the random state matters too."""
     from medasst_tools import cli
     from medasst_tools.training.tiny_model import build_tiny_model, training_documents
 
@@ -156,7 +171,7 @@ def tiny_run(tmp_path_factory):
     config |= {
         "model_name_or_path": str(folder / "base"), "dataset_dir": str(data), "output_dir": str(folder / "saves/run"),
         "dataset": "cmtmedqa_train,webmedqa_train", "cutoff_len": 64, "lora_dropout": 0.1, "per_device_train_batch_size": 2,
-        "max_steps": 90, "save_steps": 3, "logging_steps": 3, "save_total_limit": 2, "warmup_steps": 2, "plot_loss": False,
+        "max_steps": 45, "save_steps": 3, "logging_steps": 3, "save_total_limit": 2, "warmup_steps": 2, "plot_loss": False,
         "preprocessing_num_workers": None,
     }  # fmt: skip
     path = folder / "train.yaml"

@@ -80,36 +80,62 @@ def test_the_random_model_is_whole_and_of_its_shape(tmp_path):
     assert 0.01 < model.lm_head.weight.float().std() < 0.03
 
 
-@pytest.mark.parametrize("experiment", list(bench_gpu.CARDS)[1:])
-def test_the_variants_run_on_a_cpu(tmp_path, experiment):
-    if bench_gpu.missing(experiment, True):
-        pytest.skip(bench_gpu.missing(experiment, True))
-    config = known_config("Qwen/Qwen2-7B") | bench_gpu.TINY
-    bench_gpu.write_inputs(tmp_path, 40, config, "cpu")
-    measured = bench_gpu.run_leg(experiment, tmp_path, True, 1, None)
-    assert len(measured["seconds"]) == bench_gpu.LONG_STEPS + bench_gpu.WARM_STEPS + 1
-    line = bench_gpu.row(experiment, measured, ModelShape.from_config(config), 1e12, 100.0, True)
-    assert re.fullmatch(
-        rf"\| {experiment} \| \d x \d x 128 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d,]+ \| [\d.]+% \| [\d,]+ \|", line
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder, config = tmp_path_factory.mktemp("inputs"), known_config("Qwen/Qwen2-7B") | bench_gpu.TINY
+    bench_gpu.write_inputs(folder, 40, config, "cpu")
+    return folder, ModelShape.from_config(config)
+
+
+def leg_row(inputs, name: str) -> str:
+    folder, shape = inputs
+    leg = bench_gpu.leg_of(name)
+    measured = bench_gpu.run_leg(leg, folder, True, 1)
+    if leg.kind == "train":
+        assert len(measured["seconds"]) == bench_gpu.LONG_STEPS + bench_gpu.WARM_STEPS + 1
+    line = bench_gpu.row(leg, measured, shape, 1e12, 100.0, True)
+    assert line.count("|") == bench_gpu.HEADERS[leg.kind].count("|") + 3
+    return line
+
+
+@pytest.mark.parametrize("name", ["medasst_fast", "medasst_qlora"])
+def test_a_training_leg_on_a_cpu(inputs, name):
+    number, percent = r"[\d,.]+", r"[\d.]+%"
+    cells = rf"\d x \d x 128 \| \w+ \| {number} \| {number} \| {number} \| {number} \| {number} \| {percent} \| {number} \|"
+    assert re.fullmatch(rf"\| {name} \| {cells} {number} to {number} \| unknown \|", leg_row(inputs, name))
+
+
+def test_the_losses_of_a_leg_beside_the_reference(inputs):
+    """Both are the CPU's here, so they are equal."""
+    steps = bench_gpu.COMPARED_STEPS
+    assert re.fullmatch(rf"\| medasst, loss \| {steps} \| (.*) \| \1 \| 0.0000 \|", leg_row(inputs, "medasst, loss"))
+
+
+@pytest.mark.parametrize(("name", "asked"), [("medasst, predict", 4), ("medasst, exam", 30)])
+def test_a_leg_that_asks(inputs, name, asked):
+    assert f" | {asked} | " in leg_row(inputs, name)
+
+
+def test_bench_gpu_on_a_cpu(tmp_path, monkeypatch, capsys):
+    """The whole benchmark, with a process for the leg; what lacks its config says so in its row, and rows are kept."""
+    quiet = (
+        "LLAMAFACTORY_VERBOSITY",
+        "TRANSFORMERS_VERBOSITY",
+        "TOKENIZERS_PARALLELISM",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS",
     )
-
-
-def test_make_bench_gpu_on_a_cpu():
-    """The command itself, with a process for the experiment; what lacks its config says so in its row."""
-    words = [
-        sys.executable,
-        str(ROOT / "benchmarks/bench_gpu.py"),
-        "--cpu",
-        "--steps",
-        "1",
-        "medasst",
-        "no_such_experiment",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert re.match(r"\| medasst \| 4 x 1 x 128 \| \d\.\d \|", rows[1])
+    for name in quiet:
+        monkeypatch.setenv(name, "")  # put back afterwards
+    out = tmp_path / "rows.md"
+    words = ["bench_gpu.py", "--cpu", "--steps", "1", "--out", str(out), "medasst", "no_such_experiment"]
+    monkeypatch.setattr(sys, "argv", words)
+    bench_gpu.main()
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    assert re.match(r"\| medasst \| 4 x 1 x 128 \| \w+ \| \d\.\d \|", rows[1])
     assert "| no factory_configs/no_such_experiment/train.yaml: `medasst render` writes it" in rows[2]
-    assert "no statement about 7B" in done.stdout and "mean 2" in done.stdout
+    assert "no statement about 7B" in said and "mean 2" in said
+    assert out.read_text(encoding="utf-8") == said
 
 
 def test_without_a_gpu_bench_gpu_is_one_line(tmp_path):

@@ -1,14 +1,17 @@
 """medasst convert: layouts, containers, dirt, accounting, whole files or none, and what people's own corpora look like."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -21,8 +24,8 @@ from hypothesis import strategies as st
 
 from medasst_tools import cli
 from medasst_tools.data import add_corpus, convert, registry
-from medasst_tools.data.layouts import LAYOUTS, ODD_TAIL, NotKept, likely_layout, read_value
-from medasst_tools.data.raw_files import BOM, MAX_RECORD_BYTES, leaves_archive, read_records
+from medasst_tools.data.layouts import LAYOUTS, ODD_TAIL, likely_layout, reader
+from medasst_tools.data.raw_files import BOM, MAX_RECORD_BYTES, NotKept, leaves_archive, read_records
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
 
@@ -126,8 +129,21 @@ def skipped(reason: str) -> tuple[str, bool]:
             dump({"questions": ["问"], "answers": ["见 https://a.cn/1.htm"]}),
             alpaca("问", "见 https://a.cn/1.htm"),
         ),
+        ("qa", dump({"instruction": "问", "input": "三天", "response": "答"}), alpaca("问", "答", more="三天")),
+        ("qa", dump({"question": "问", "answer": "答", "system": "助手"}), alpaca("问", "答") | {"system": "助手"}),
+        (
+            "history",
+            dump({"prompt": "问", "response": "答", "history": [turn("user", "一"), turn("assistant", "二")]}),
+            alpaca("问", "答", [["一", "二"]]),
+        ),
+        (
+            "history",
+            dump({"q": "问", "a": "答", "history": [turn("user", "一")]}),
+            rejected("history ends with a question"),
+        ),
         ("turns", dump({"data": ["问：一\n", "答：二"]}), alpaca("一", "二", [])),
         ("turns", dump({"data": ["问:一", "答: 二", "问：三", "答：四"]}), alpaca("三", "四", [["一", "二"]])),
+        ("turns", dump({"data": ["问 ：一", "\ufeff答： 二"]}), alpaca("一", "二", [])),
         ("turns", dump({"data": ["一", "二"]}), alpaca("一", "二", [])),
         ("turns", dump({"data": ["问：一", "答：二", "问：三"]}), alpaca("一", "二", [])),  # an odd tail
         ("turns", dump({"data": ["问：一", "答：二", "答：三"]}), rejected("turns do not alternate")),
@@ -230,7 +246,7 @@ def skipped(reason: str) -> tuple[str, bool]:
 def test_one_raw_record(layout, raw, expected):
     value = raw.decode().rstrip("\r").split("\t") if layout == "columns" else json.loads(raw)
     try:
-        record = read_value(layout, value)
+        record = reader(layout)(value)
         record.pop(ODD_TAIL, None)
     except NotKept as reason:
         record = (str(reason), reason.by_design)
@@ -239,7 +255,7 @@ def test_one_raw_record(layout, raw, expected):
 
 def test_every_turn_is_asked_with_its_history():
     record = QA | {"id": "j7", "history": [["一", "二"], ["三", "四"]]}
-    turns = read_value("dialogue_turns", record)
+    turns = reader("dialogue_turns")(record)
     assert [(turn["instruction"], turn["output"], len(turn["history"])) for turn in turns] == [
         ("一", "二", 0), ("三", "四", 1), (QA["instruction"], QA["output"], 2),
     ]  # fmt: skip
@@ -250,7 +266,7 @@ def test_every_turn_is_asked_with_its_history():
     ("values", "layout"),
     [
         ([QA], "instruction"), ([QA | {"history": [["a", "b"]]}], "instruction"), ([{"q": "a", "a": "b"}], "qa"),
-        ([{"prompt": "a", "response": "b", "history": [["c", "d"]]}], "history"), ([["a", "b"]], "pairs"),
+        ([{"prompt": "a", "response": "b", "history": [["c", "d"]]}], "history"), ([{"q": "a", "a": "b", "history": ["c"]}], None), ([["a", "b"]], "pairs"),
         ([{"messages": [turn("user", "a"), turn("assistant", "b")]}], "messages"),
         ([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}], "sharegpt"),
         ([{"data": ["问：a", "答：b"]}], "turns"), ([{"questions": [["a"]], "answers": ["b"]}], "encyclopedia"),
@@ -299,6 +315,15 @@ def zipped(data: bytes, name: str = "folder/raw.txt") -> bytes:
     return buffer.getvalue()
 
 
+def tarred(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo("raw.jsonl")
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -309,11 +334,14 @@ def zipped(data: bytes, name: str = "folder/raw.txt") -> bytes:
         b" \n[" + b",\n".join(map(dump, RECORDS)) + b"]\n",
         dump({"data": RECORDS}),
         json.dumps({"version": 1, "train": RECORDS}, indent=2).encode(),
+        dump({str(number): record for number, record in enumerate(RECORDS)}),
+        json.dumps({str(number): record for number, record in enumerate(RECORDS)}, indent=2).encode(),
         gzip.compress(b"\n".join(map(dump, RECORDS))),
         zipped(dump(RECORDS)),
         BOM + dump(RECORDS),
+        BOM + BOM + b"\n".join(map(dump, RECORDS)),
     ],
-    ids=["lines", "bom-crlf", "array-4", "array-compact", "array-per-line", "wrapped", "wrapped-indented", "gzip", "zip", "array-bom"],
+    ids=["lines", "bom-crlf", "array-4", "array-compact", "array-per-line", "wrapped", "wrapped-indented", "by-id", "by-id-indented", "gzip", "zip", "array-bom", "two-boms"],
 )  # fmt: skip
 def test_containers_by_content(tmp_path, data):
     records, rejected, _ = converted(tmp_path, "medchatzh_train", data)
@@ -377,12 +405,24 @@ def test_a_huge_line_is_rejected_at_no_cost_and_the_next_is_read(tmp_path):
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
         (dump(QA).decode().encode("utf-16"), "UTF-16"),
+        (dump(QA).decode().encode("utf-16-be"), "UTF-16"),
+        (dump(QA).decode().encode("utf-32"), "UTF-32"),
+        (dump(QA).decode().encode("utf-32-be"), "UTF-32"),
+        (lzma.compress(dump(QA)), "packed with xz"),
+        (gzip.compress(bz2.compress(dump(QA))), "packed with bzip2"),
+        (gzip.compress(gzip.compress(dump(QA))), "gzip more than once"),
+        (gzip.compress(b"", mtime=0), "is empty"),
+        (zipped(zipped(dump(QA))), "a zip archive in another"),
+        (zipped(b"<x/>", "[Content_Types].xml"), "save it as CSV"),
+        (zipped(gzip.compress(dump(QA))), "gzip more than once"),
+        (gzip.compress(tarred(dump(QA))), "a tar archive"),
         (gzip.compress(dump(QA) * 1000)[:-20], "damaged"),
         (gzip.compress(dump(QA) * 1000)[:20] + b"\x00" * 40 + gzip.compress(dump(QA) * 1000)[60:], "damaged"),
         (gzip.compress(b" " * 100_000_000), "a zip bomb?"),
         (b'[{"instruction": "a"},\n {"instruction": }]', "is broken JSON, line 2, column 18"),
         (dump([QA])[:-3], "is broken JSON, line 1"),
         (b"[" * 100_000, "is broken JSON"),
+        (dump({"train": [QA, QA], "test": [QA]}), "holds several lists of records: train, test"),
         (b"[" + "\u5934".encode("gbk") * 1 + b"\xff\xff]", "neither UTF-8 nor GB18030"),
     ],
 )
@@ -437,6 +477,15 @@ def test_gb18030_is_read_and_said(tmp_path, capsys, as_array):
     records, rejected, entry = converted(tmp_path, "medchatzh_train", text.encode("gb18030"))
     assert [record["output"] for record in records] == [f"答{number}。" for number in range(5)] and not rejected
     assert entry["encoding"] == "gb18030" and "read as gb18030" in capsys.readouterr().out
+
+
+def test_big5_is_not_taken_for_gb18030(tmp_path, capsys):
+    data = '{"instruction": "頭痛怎麼辦？應該看醫生嗎", "output": "請休息"}'.encode("big5")
+    write_raw(tmp_path / "raw", "medchatzh_train", data)
+    assert cli.main(words_for(tmp_path)) == 1
+    assert "neither UTF-8 nor GB18030; give its --encoding: big5?" in capsys.readouterr().err
+    records, _, entry = converted(tmp_path, "medchatzh_train", data, "--encoding", "big5")
+    assert records[0]["output"] == "請休息" and entry["encoding"] == "big5"
 
 
 def test_an_encoding_can_be_given(tmp_path, capsys):
@@ -592,7 +641,7 @@ def test_a_killed_worker_is_one_line(tmp_path, capsys, monkeypatch):
         write_raw(tmp_path / "raw", name, dump(QA) * 2)
     before = files_of(tmp_path / "out")
     monkeypatch.setattr(convert, "WORTH_A_POOL", 1)
-    monkeypatch.setattr(convert, "outcomes", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(convert, "line_of", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert run_convert(tmp_path, "--workers", "2") == 2
     assert "a worker process was killed" in capsys.readouterr().err
     assert files_of(tmp_path / "out") == before
@@ -713,6 +762,9 @@ OWN_FILES = {
     "wrapped.json": dump({"data": [QA | {"instruction": f"问{n}", "output": f"答{n}。"} for n in range(40)]}),
     "pairs.jsonl": b"\n".join(dump([f"问{n}", f"答{n}。"]) for n in range(40)),
     "gbk.jsonl": "\n".join(json.dumps({"question": f"问{n}", "answer": f"答{n}。"}, ensure_ascii=False) for n in range(40)).encode("gbk"),
+    "gbk.csv": ("问题,回答\n" + "".join(f"问{n},答{n}。\n" for n in range(40))).encode("gbk"),
+    "semicolons.csv": ("question;answer\n" + "".join(f"问{n};答{n}。\n" for n in range(40))).encode(),
+    "by_id.json": dump({f"id{n}": {"question": f"问{n}", "answer": f"答{n}。"} for n in range(40)}),
     "rows.parquet": PARQUET,
 }  # fmt: skip
 
@@ -734,7 +786,7 @@ def test_a_corpus_of_ones_own(tmp_path, own, capsys, name):
     train, test = (json_lines(tmp_path / f"out/clinic_{part}.jsonl") for part in ("train", "test"))
     assert sorted(record["output"] for record in train + test) == sorted(f"答{n}。" for n in range(40))
     assert 4 <= len(test) <= 20 and not {r["instruction"] for r in train} & {r["instruction"] for r in test}
-    assert manifest_of(tmp_path)["clinic_train"]["encoding"] == ("gb18030" if name == "gbk.jsonl" else "utf-8")
+    assert manifest_of(tmp_path)["clinic_train"]["encoding"] == ("gb18030" if name.startswith("gbk") else "utf-8")
 
 
 def test_names_of_columns_and_a_folder_of_files(tmp_path, own, capsys):
@@ -755,6 +807,7 @@ def test_names_of_columns_and_a_folder_of_files(tmp_path, own, capsys):
     [
         (["none.jsonl", "--name", "x"], "no none.jsonl"),
         (["FILE", "--name", "A b"], "--name is 'A b'"),
+        (["FILE", "--name", "medchatzh"], "a corpus of corpora.yaml"),
         (["FILE", "--name", "huatuo_encyclopedia"], "is a dataset of huatuo_encyclopedia_qa; give another --name"),
         (["FILE", "--name", "x", "--layout", "message"], "did you mean 'messages'?"),
         (["FILE", "--name", "x", "--columns", "q,a"], "--columns is 'q,a', must be question=NAME,answer=NAME"),
@@ -774,7 +827,7 @@ def test_mistakes_with_ones_own_are_named(tmp_path, own, capsys, words, message)
     [
         ("a: {layout: sharegtp, datasets: {a_train: {files: [x]}}}", ["a: no layout 'sharegtp'; did you mean 'sharegpt'?"]),
         ("a: {layout: qa, license: MIT, datasets: {a_train: {file: x}}}", ["unknown key 'license'; did you mean 'licence'?", "a_train: unknown key 'file'; did you mean 'files'?", "a_train: no files"]),
-        ("a: {rules: [x]}\nb: 5", ["a: unknown key 'rules'", "a: no layout", "a: no datasets", "b: is 5"]),
+        ("a: {rules: [x]}\nb: 5", ["a: unknown key 'rules'", "a: lacks the key layout", "a: lacks the key datasets", "b: is 5"]),
         ("[1]", ["must be a mapping of corpora"]),
     ],
 )  # fmt: skip

@@ -1,13 +1,13 @@
 """Several processes and machines: launches are checked, machines go on from one step, and two of them really train."""
 
 import contextlib
+import functools
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from chat_browser import free_port
 from conftest import copy_project, make_environment, run_make
 from safetensors.numpy import load_file
 
@@ -24,7 +25,7 @@ from medasst_tools.errors import UserError
 from medasst_tools.files import sha256_of
 from medasst_tools.machine import hardware
 from medasst_tools.training import launch
-from medasst_tools.training.launch import Launch, agree_on_step, launchable, read_launch
+from medasst_tools.training.launch import Launch, agree_on_step, read_launch, written
 
 CPU = {"use_cpu": True}
 TWO = {"NNODES": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "NPROC_PER_NODE": "1"}
@@ -53,7 +54,7 @@ def test_launches(variables, expected):
     distributed = any(variables.get(key, "").strip() for key in ("NNODES", "NPROC_PER_NODE", "RDZV_ID"))
     assert (read.environment.get("FORCE_TORCHRUN") == "1") is distributed
     assert (read.environment.get("ACCELERATE_TORCH_DEVICE") == "cpu") is distributed
-    assert read.overrides == (("ddp_timeout=90",) if "RDZV_ID" in variables else ())
+    assert read.settings == ({"ddp_timeout": 90} if "RDZV_ID" in variables else {})
 
 
 @pytest.mark.parametrize(
@@ -68,10 +69,6 @@ def test_launches(variables, expected):
         ({key: value for key, value in TWO.items() if key != "NPROC_PER_NODE"}, "NPROC_PER_NODE isn't set"),
         (TWO | {"RANK": "1"}, "RANK=1 is an old launcher's name that LLaMA-Factory doesn't read: say NODE_RANK=1"),
         ({"WORLD_SIZE": "2", "RANK": "0", "NODE_RANK": "0"}, "WORLD_SIZE=2 is an old launcher's name"),
-        ({"MAX_RESTARTS": "3"}, "MAX_RESTARTS=3 without RDZV_ID has no effect"),
-        ({"RDZV_ID": "a b", "NPROC_PER_NODE": "2"}, "RDZV_ID is 'a b', must be one word"),
-        ({"RDZV_ID": "a", "NPROC_PER_NODE": "2", "MIN_NNODES": "1"}, "must be given together"),
-        ({"RDZV_ID": "a", "NPROC_PER_NODE": "2", "MIN_NNODES": "3", "MAX_NNODES": "2"}, "the first not above"),
     ],
 )
 def test_what_would_hang_is_named(variables, message):
@@ -90,21 +87,12 @@ def test_on_a_machine_with_four_gpus(monkeypatch):
     assert read_launch({"NPROC_PER_NODE": "1"}, {}) == Launch(environment={"CUDA_VISIBLE_DEVICES": "0"})
 
 
-def test_a_config_path_with_a_space_survives_torchrun(tmp_path):
-    config = {"output_dir": str(tmp_path / "my model"), "template": "qwen"}
-    path = tmp_path / "my train.yaml"
-    with launchable(path, ["seed=1"], config, torchrun=False) as words:
-        assert words == [str(path), "seed=1"]
-    with launchable(path, ["seed=1"], config, torchrun=True) as words:
-        (word,) = words
+def test_the_launched_config_is_in_a_file_whose_name_torchrun_can_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.tempfile, "tempdir", str(tmp_path / "a space"))
+    config = {"output_dir": str(tmp_path / "my model"), "template": "qwen", "learning_rate": 1e-4}
+    with written(config) as word:
         assert " " not in word and yaml.safe_load(Path(word).read_text(encoding="utf-8")) == config
     assert not Path(word).exists()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -197,20 +185,27 @@ def single_process(config: dict, log: Path) -> None:
 
 @pytest.fixture(scope="session")
 def reference(forkserver, cluster, tmp_path_factory):
-    """One process with the same records a step: {"batch 4": folder, "2 x 2": folder with two batches of 2 added up}."""
+    """Return a function that trains one process with the same records a step: in one batch of 4, or in two of 2 added up."""
     folder = tmp_path_factory.mktemp("reference")
     config = yaml.safe_load((cluster / "factory_configs/demo/train.yaml").read_text(encoding="utf-8"))
     config |= SETTINGS | {"plot_loss": False, "dataset_dir": str(cluster / "data/demo")}
     config |= {"model_name_or_path": str(cluster / "saves/demo_base"), "preprocessing_num_workers": None}
-    runs = {"batch 4": (4, 1), "2 x 2": (2, 2)}
-    for name, (batch, accumulated) in runs.items():
-        more = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
-        more["output_dir"] = str(folder / name)
-        process = forkserver.Process(target=single_process, args=(config | more, folder / f"{name}.log"))
+
+    @functools.cache
+    def train(batch: int) -> Path:
+        out, log = folder / str(batch), folder / f"{batch}.log"
+        more = {
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": 4 // batch,
+            "output_dir": str(out),
+        }
+        process = forkserver.Process(target=single_process, args=(config | more, log))
         process.start()
         process.join()
-        assert process.exitcode == 0, (folder / f"{name}.log").read_text()[-3000:]
-    return {name: folder / name for name in runs}
+        assert process.exitcode == 0, log.read_text()[-3000:]
+        return out
+
+    return train
 
 
 def assert_same_training(ours: Path, theirs: Path, steps: int) -> None:
@@ -248,21 +243,37 @@ def wait_for_all(nodes: list[subprocess.Popen], logs: Path) -> str:
 
 
 @pytest.mark.end_to_end
+def test_two_processes_train_as_one_does(cluster, reference, tmp_path):
+    """2 records each a step, through torchrun; one process with the same 4."""
+    shutil.rmtree(cluster / "saves/demo", ignore_errors=True)
+    arguments = words_of(SETTINGS | {"per_device_train_batch_size": 2})
+    log, port = tmp_path / "log", str(free_port())
+    with started(cluster, log, NPROC_PER_NODE="2", MASTER_PORT=port, ARGS=arguments) as launched:
+        folder = reference(4)  # at the same time
+        assert launched.wait() == 0, log.read_text()[-6000:]
+    assert "node 0 of 1, 2 process(es) each; a step takes 4 records in all" in log.read_text()
+    assert_two_trained_as(folder, cluster)
+
+
+def assert_two_trained_as(one: Path, cluster: Path) -> None:
+    assert_same_training(cluster / "saves/demo", one, steps=6)
+    run = json.loads((cluster / "saves/demo/run.json").read_text())
+    assert (run["processes"], run["steps"], run["resumed_from"]) == (2, 6, [])
+    states = {path.name for path in (cluster / "saves/demo/checkpoint-6").glob("rng_state*")}
+    assert states == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
 def test_two_machines_train_as_one_process_does(cluster, reference, tmp_path):
-    """Two launches of `make train` on loopback, a shared folder, 2 records each a step; one process with the same 4."""
+    """Two launches on loopback, a shared folder, 2 records each a step; one process with the same 4, or twice 2."""
     shutil.rmtree(cluster / "saves/demo", ignore_errors=True)
     settings = SETTINGS | {"per_device_train_batch_size": 2}
     with contextlib.ExitStack() as stack:
         said = wait_for_all(two_machines(cluster, tmp_path, settings, stack), tmp_path)
     assert "node 1 of 2, 1 process(es) each; a step takes 4 records in all" in said
-    for name in reference:
-        assert_same_training(cluster / "saves/demo", reference[name], steps=6)
-    run = json.loads((cluster / "saves/demo/run.json").read_text())
-    assert (run["processes"], run["steps"], run["resumed_from"]) == (2, 6, [])
-    assert {path.name for path in (cluster / "saves/demo/checkpoint-6").glob("rng_state*")} == {
-        "rng_state_0.pth",
-        "rng_state_1.pth",
-    }
+    for batch in (4, 2):
+        assert_two_trained_as(reference(batch), cluster)
 
 
 def wait_for_checkpoint(folder: Path, step: int, processes: list[subprocess.Popen], log: Path) -> None:
@@ -288,8 +299,7 @@ def test_two_machines_killed_go_on_from_the_last_whole_checkpoint(cluster, refer
     before = int(newest.name.split("-")[1]) - 2
     assert f"{newest.name} is skipped: it has 1 of 2 processes' random states" in said
     assert f"saves/demo: going on from step {before}" in said
-    for name in reference:
-        assert_same_training(saves, reference[name], steps=6)
+    assert_same_training(saves, reference(4), steps=6)
     assert json.loads((saves / "run.json").read_text())["resumed_from"] == [before]
 
 
@@ -314,8 +324,7 @@ def test_a_worker_that_dies_is_restarted_by_the_elastic_launch(cluster, referenc
         workers[1].kill()
         assert launched.wait() == 0, log.read_text()[-6000:]
     assert "Resuming training from" in log.read_text()
-    for name in reference:
-        assert_same_training(saves, reference[name], steps=6)
+    assert_same_training(saves, reference(4), steps=6)
 
 
 @pytest.mark.slow

@@ -140,28 +140,34 @@ def unreachable(hub: Hub) -> None:
     hub.server.server_close()
 
 
-ERRORS = [
-    ("huggingface", "medchatzh_train", lambda hub: None, {}, "doesn't exist"),
-    ("huggingface", "medchatzh_train", lambda hub: hub.gated.add(CORPUS), {}, "is gated: accept its terms"),
-    ("huggingface", "medchatzh_train", lambda hub: hub.repositories.update({CORPUS: {}}), {}, "doesn't have it"),
-    ("huggingface", "medchatzh_train", unreachable, {}, "can't be reached"),
-    ("huggingface", "medchatzh_train", lambda hub: None, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
-    ("huggingface", "no/such", lambda hub: None, {}, "doesn't exist"),
-    ("modelscope", "medchatzh_train", lambda hub: None, {}, "ModelScope doesn't have MedChatZH"),
-    ("modelscope", "cmmlu", lambda hub: None, {}, "doesn't have it"),
-    ("modelscope", "cmmlu", lambda hub: hub.private.add("modelscope/cmmlu"), {}, "needs a token (MODELSCOPE_API_TOKEN)"),
-    ("modelscope", "cmmlu", lambda hub: hub.repositories.update({"modelscope/cmmlu": {"a": b""}}), {}, "has no file"),
-    ("modelscope", "cmmlu", unreachable, {}, "can't be reached"),
-    ("modelscope", "no/such", lambda hub: None, {}, "doesn't have it"),
-]  # fmt: skip
+ENCYCLOPEDIA, CMTMEDQA = (
+    load_datasets()[f"{name}_train"].corpus.hugging_face for name in ("huatuo_encyclopedia", "cmtmedqa")
+)
+ERRORS = {  # source, what is wrong, variables, {name: what its line says}
+    "Hugging Face": (
+        "huggingface", lambda hub: hub.gated.add(CMTMEDQA) or hub.repositories.update({ENCYCLOPEDIA: {}}), {},
+        {"medchatzh_train": f"{CORPUS} doesn't exist", "cmtmedqa_train": f"{CMTMEDQA} is gated: accept its terms",
+         "huatuo_encyclopedia_train": f"{ENCYCLOPEDIA} doesn't have it", "no/such": "no/such doesn't exist"},
+    ),
+    "ModelScope": (
+        "modelscope", lambda hub: hub.private.add("modelscope/ceval-exam") or hub.repositories.update({"modelscope/cmmlu": {"a": b""}}), {},
+        {"medchatzh_train": "ModelScope doesn't have MedChatZH", "cmmlu": "has no file", "no/such": "no/such doesn't have it",
+         "ceval": "needs a token (MODELSCOPE_API_TOKEN)"},
+    ),
+    "no network": ("huggingface", unreachable, {}, {"medchatzh_train": "can't be reached"}),
+    "no network to ModelScope": ("modelscope", unreachable, {}, {"cmmlu": "can't be reached"}),
+    "offline": ("huggingface", lambda hub: None, {"HF_HUB_OFFLINE": "1"}, {"medchatzh_train": "HF_HUB_OFFLINE is set"}),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("source", "name", "spoil", "more", "message"), ERRORS)
-def test_errors_are_one_line(tmp_path, hub, source, name, spoil, more, message):
+@pytest.mark.parametrize(("source", "spoil", "more", "expected"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_one_line_each(tmp_path, hub, source, spoil, more, expected):
     spoil(hub)
-    result = run(hub, tmp_path, name, "--source", source, **more)
+    result = run(hub, tmp_path, *expected, "--source", source, **more)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert [message in line for line in mistakes(result)] == [True], result.stderr
+    lines = mistakes(result)
+    found = {name: [line for line in lines if message in line] for name, message in expected.items()}
+    assert len(lines) == len(expected) and all(len(those) == 1 for those in found.values()), result.stderr
     assert not list(tmp_path.rglob(".download-*"))
 
 
@@ -213,20 +219,16 @@ def test_a_file_that_no_hub_has_is_an_error_only_by_name(tmp_path, hub):
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
-@pytest.mark.parametrize("in_cache", [True, False])
-def test_models(tmp_path, hub, source, in_cache):
+def test_models(tmp_path, hub, source):
     files = {"config.json": b"{}", "model.safetensors": b"w" * 1000, "pytorch_model.bin": b"p" * 1000}
     hub.repositories["Qwen/Qwen2-7B"] = files
-    folder = [] if in_cache else ["--models-dir", str(tmp_path / "models")]
-    result = run(hub, tmp_path, "medasst", "--source", source, *folder)
+    result = run(hub, tmp_path, "medasst", "--source", source)
     assert result.returncode == 0, result.stderr
     assert "Qwen/Qwen2-7B: licence apache-2.0" in result.stdout
     place = Path(result.stdout.splitlines()[-1].split(": in ")[1])
-    assert place.is_relative_to(
-        tmp_path / ({"huggingface": "hf", "modelscope": "ms"}[source] if in_cache else "models")
-    )
+    assert place.is_relative_to(tmp_path / {"huggingface": "hf", "modelscope": "ms"}[source])
     # LLaMA-Factory asks ModelScope for every file of the repository: what is left out it would fetch
-    left_out = set() if source == "modelscope" and in_cache else {"pytorch_model.bin"}
+    left_out = {"pytorch_model.bin"} if source == "huggingface" else set()
     assert {path.name for path in place.iterdir() if not path.name.startswith(".")} == set(files) - left_out
 
 

@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from conftest import ROOT, run_make
 
+from medasst_tools import chain, cli
+
 pytestmark = pytest.mark.end_to_end
 METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 RECORDS = {
@@ -126,28 +128,26 @@ def test_a_second_eval_finds_everything_up_to_date(project, evaluated):
     assert written(project / "results") == before
 
 
-@pytest.mark.parametrize(
-    ("path", "old", "new"),
-    [
-        ("templates/predict.yaml.j2", "answers to the", "replies to the"),  # a comment
-        ("templates/train.yaml.j2", "plot_loss: true", "plot_loss: true\nlogging_first_step: true"),
-    ],
-)
-def test_what_changes_no_result_makes_nothing_anew(another, path, old, new):
-    file = another / path
-    text = file.read_text(encoding="utf-8")
-    assert old in text
-    file.write_text(text.replace(old, new), encoding="utf-8")
+def test_what_changes_no_result_makes_nothing_anew(another):
+    """A comment, and a setting of the log."""
+    for name, old, new in (
+        ("predict", "answers to the", "replies to the"),
+        ("train", "plot_loss: true", "plot_loss: true\nlogging_first_step: true"),
+    ):
+        file = another / f"templates/{name}.yaml.j2"
+        text = file.read_text(encoding="utf-8")
+        assert old in text
+        file.write_text(text.replace(old, new), encoding="utf-8")
     assert up_to_date(run_make(another, "eval").stdout) >= RECORDS - {"results/report.json"}
 
 
 def test_more_of_the_same_asks_only_what_is_new(another):
     """A smoke test of what comes after the training, then the whole: the answers that are there stay."""
-    said = run_make(another, "predict", "exam", "score", "report", "ARGS=max_samples=2").stdout
+    said = run_make(another, "predict", "score", "report", "ARGS=max_samples=2").stdout
     assert "max_samples unset -> 2" in said
     assert scores(another, "demo")["n"] == 8
     assert "demo (max_samples=2)" in (another / "results/report.md").read_text(encoding="utf-8")
-    said = run_make(another, "eval").stdout
+    said = run_make(another, "predict", "score", "report").stdout
     assert "41 answers" in said and "max_samples 2 -> unset" in said
     assert scores(another, "demo")["n"] == 41
     assert "max_samples=2" not in (another / "results/report.md").read_text(encoding="utf-8")
@@ -219,7 +219,7 @@ def test_clean_removes_only_what_the_demo_made(another):
 
 
 def make_with_words(project, *words: str) -> list[list[str]]:
-    """Run make with a `medasst` that only writes down when it began and ended, and with what; return the words of each call."""
+    """Run make with a `medasst` that only writes down when it began and ended, and with what; return the words of each verb."""
     log, fake = project / "calls", project / "fake"
     fake.write_text(f'#!/bin/sh\necho "begin $*" >> {log}; sleep 0.2; echo "end $*" >> {log}\n')
     fake.chmod(0o755)
@@ -227,7 +227,7 @@ def make_with_words(project, *words: str) -> list[list[str]]:
     run_make(project, *words, f"MEDASST={fake}")
     lines = log.read_text().splitlines()
     assert [line.removeprefix("begin ") for line in lines[::2]] == [line.removeprefix("end ") for line in lines[1::2]]
-    return [line.split()[1:] for line in lines[::2]]
+    return [words for line in lines[::2] for words in chain.split(line.split()[1:], cli.THEN)]
 
 
 def test_many_jobs_are_done_one_after_the_other(another):

@@ -12,7 +12,8 @@ from test_resume import checkpoint_steps, finish, start
 
 from medasst_tools import cli, provenance
 from medasst_tools.data.decontamination import QuestionIndex, read_questions
-from medasst_tools.data.layouts import NotKept, likely_layout, read_value
+from medasst_tools.data.layouts import likely_layout, reader
+from medasst_tools.data.raw_files import NotKept
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import safety
 from medasst_tools.evaluation.compare import compare_folders, verdict
@@ -45,10 +46,10 @@ def record(chosen: str = "不能。", rejected: str = "能。", question: str = 
 )  # fmt: skip
 def test_one_raw_pair(raw, expected):
     if isinstance(expected, dict):
-        assert read_value("preference", raw) == expected and likely_layout([raw]) == "preference"
+        assert reader("preference")(raw) == expected and likely_layout([raw]) == "preference"
         return
     with pytest.raises(NotKept, match=expected):
-        read_value("preference", raw)
+        reader("preference")(raw)
 
 
 def convert(tmp_path: Path, pairs: list[dict], *words: str) -> dict:

@@ -21,11 +21,11 @@ def save_weights(path: Path, value: float = 0.0) -> None:
     save_file({"weight": numpy.full(1000, value, dtype=numpy.float32)}, path)
 
 
-def make_checkpoint(output_dir: Path, step: int, last: int = 100, only_model: bool = False) -> Path:
+def make_checkpoint(output_dir: Path, step: int, last: int = 100) -> Path:
     folder = output_dir / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     save_weights(folder / "adapter_model.safetensors")
-    for name in () if only_model else ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         with zipfile.ZipFile(folder / name, "w") as archive:
             archive.writestr("archive/data/0", b"0" * 1000)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": last}), encoding="utf-8")
@@ -192,17 +192,9 @@ def test_what_a_run_goes_on_from(config_path, capsys):
     assert kept == ["x-checkpoint-40", "x-checkpoint-50"]  # whole weights are never deleted
     said = capsys.readouterr().out
     assert "checkpoint-30 is damaged and skipped" in said and "NaN or infinity" in said
+    assert "no optimizer state (save_only_model?); its weights are whole and kept in" in said
     note = train.begin(output_dir, about(config_path), max(steps), processes=1)
     assert note["resumed_from"] == [20] and "going on from step 20" in capsys.readouterr().out
-
-
-def test_weights_without_states_are_kept_and_said(config_path, capsys):
-    """save_only_model: no training goes on from them exactly."""
-    output_dir = begin(config_path)
-    make_checkpoint(output_dir, 10, only_model=True)
-    assert checkpoints.whole_steps(output_dir) == []
-    assert (output_dir.parent / "previous/x-checkpoint-10/adapter_model.safetensors").is_file()
-    assert "no optimizer state (save_only_model?); its weights are whole and kept in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

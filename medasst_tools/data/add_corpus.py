@@ -13,10 +13,9 @@ from typing import Any
 import yaml
 
 from medasst_tools.config import nearest, read_yaml
-from medasst_tools.data.convert import outcomes
-from medasst_tools.data.layouts import LAYOUTS, NotKept, likely_layout
-from medasst_tools.data.raw_files import CHINESE, UTF8, NotOneJson, Unreadable, is_chinese_encoding, read_records
-from medasst_tools.data.registry import OWN, Corpus, Dataset, load_datasets
+from medasst_tools.data.layouts import LAYOUTS, likely_layout, reader, records_of
+from medasst_tools.data.raw_files import CHINESE, UTF8, NotKept, NotOneJson, is_chinese_encoding, read_records
+from medasst_tools.data.registry import OWN, REGISTRY, Corpus, load_datasets
 from medasst_tools.errors import UserError
 from medasst_tools.files import write_text
 
@@ -42,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--name is {args.name!r}, must be lower-case letters, digits and _, a letter first")
     if not args.file.exists():
         raise UserError(f"no {args.file}; see that the name is right")
+    if args.name in read_yaml(REGISTRY):
+        raise UserError(f"--name is {args.name!r}, a corpus of {REGISTRY.name}; give another")
     taken = [one for one in load_datasets().values() if one.name in (f"{args.name}_train", f"{args.name}_test")]
     if taken and taken[0].corpus.name != args.name:
         raise UserError(f"{taken[0].name} is a dataset of {taken[0].corpus.name}; give another --name")
@@ -91,28 +92,34 @@ def datasets_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def encoding_of(path: Path) -> str:
     """Return utf-8, or gb18030 if that is what a file is whose beginning isn't UTF-8."""
     try:
-        values = [raw.value for raw in islice(read_records(path), LOOKED_AT)]
+        values = [value for _, _, value in islice(read_records(path), LOOKED_AT)]
     except NotOneJson as error:
         if not error.not_utf8:
             raise
-        values = [Unreadable("not UTF-8")]
+        values = [NotKept("not UTF-8")]
     except UnicodeDecodeError:
-        values = [Unreadable("not UTF-8")]
-    strange = sum(isinstance(value, Unreadable) and value.reason == "not UTF-8" for value in values)
-    return CHINESE if strange * 2 > len(values) and path.is_file() and is_chinese_encoding(path) else UTF8
+        values = [NotKept("not UTF-8")]
+    strange = sum(isinstance(value, NotKept) and str(value) == "not UTF-8" for value in values)
+    return CHINESE if strange * 2 >= len(values) > 0 and path.is_file() and is_chinese_encoding(path) else UTF8
 
 
 def guess_layout(path: Path, encoding: str) -> str:
     """Return the layout that fits; UserError says what the records look like if none does."""
-    raws = [raw for raw in islice(read_records(path, "", encoding), LOOKED_AT) if raw.data.strip()]
-    values = [raw.value for raw in raws if not isinstance(raw.value, Unreadable)]
-    if found := likely_layout(values):
-        return found
-    first = values[0] if values else raws[0].value.reason if raws else "nothing"
+    found = [value for _, _, value in islice(read_records(path, "", encoding), LOOKED_AT)]
+    values = [value for value in found if not isinstance(value, NotKept)]
+    if layout := likely_layout(values):
+        return layout
+    if not values:
+        lost = [value for value in found if not value.by_design]
+        why = (
+            f"its lines are {lost[0]}; a table needs a header, and .csv or .tsv as its name's end"
+            if lost
+            else "it is blank"
+        )
+        raise UserError(f"{path} has no records: {why}")
+    first = values[0]
     shape = (
-        f"keys {', '.join(map(str, first))}"
-        if isinstance(first, dict)
-        else f"{type(first).__name__} {str(first)[:80]!r}"
+        f"keys {', '.join(map(str, first))}" if isinstance(first, dict) else f"{type(first).__name__} {first!r:.80}"
     )
     raise UserError(
         f"{path}: no layout fits its records ({shape}); give --layout, or --columns question=NAME,answer=NAME"
@@ -121,14 +128,13 @@ def guess_layout(path: Path, encoding: str) -> str:
 
 def show(path: Path, corpus: Corpus, encoding: str) -> None:
     """Print the first records as they will be, and how many of the first thousand can't be used and why."""
-    dataset = Dataset(f"{corpus.name}_train", corpus, [str(path)], layout=corpus.layout)
-    kept, reasons, read = 0, {}, 0
-    for raw in islice(read_records(path, corpus.layout, encoding), LOOKED_AT):
-        for record in outcomes(dataset, raw):
+    kept, reasons, read, read_value = 0, {}, 0, reader(corpus.layout, corpus.columns)
+    for number, _, value in islice(read_records(path, corpus.layout, encoding), LOOKED_AT):
+        for record in records_of(value, read_value):
             read += 1
             if isinstance(record, NotKept):
                 if not record.by_design:
-                    reasons.setdefault(str(record), raw.line)
+                    reasons.setdefault(str(record), number)
                 continue
             kept += 1
             if kept <= SHOWN:

@@ -31,9 +31,9 @@ from medasst_tools.data.decontamination import (
     read_questions,
 )
 from medasst_tools.data.deduplication import answer_of, key, normalise, question_of
-from medasst_tools.data.layouts import NotKept, read_value
+from medasst_tools.data.layouts import read_instruction, read_sharegpt
 from medasst_tools.data.pii import MASKS, mask
-from medasst_tools.data.raw_files import read_records
+from medasst_tools.data.raw_files import NotKept, read_records
 from medasst_tools.data.registry import is_test
 from medasst_tools.errors import UserError
 from medasst_tools.files import atomic_writer, read_json, write_json
@@ -150,22 +150,20 @@ def as_alpaca(path: Path, described: dict[str, Any], target: Path) -> Path:
     """Write a dataset of the user's own, whatever columns or format its entry names, as Alpaca records; return `target`."""
     columns = described.get("columns", {})
     with target.open("wb") as file:
-        for raw in read_records(path):
-            if isinstance(raw.value, dict):
-                with contextlib.suppress(NotKept):  # LLaMA-Factory drops it too
-                    file.write(
-                        orjson.dumps(
-                            _alpaca(raw.value, described.get("formatting"), columns), option=orjson.OPT_APPEND_NEWLINE
-                        )
-                    )
+        for _, _, value in read_records(path):
+            with contextlib.suppress(NotKept):  # LLaMA-Factory drops it too
+                record = _alpaca(value, described.get("formatting"), columns)
+                file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
     return target
 
 
-def _alpaca(record: dict[str, Any], formatting: str | None, columns: dict[str, str]) -> Any:
+def _alpaca(record: Any, formatting: str | None, columns: dict[str, str]) -> Any:
+    if not isinstance(record, dict):
+        raise NotKept("not an object")
     if formatting == "sharegpt":
-        return read_value("sharegpt", {"conversations": record.get(columns.get("messages", "conversations"))})
+        return read_sharegpt({"conversations": record.get(columns.get("messages", "conversations"))})
     names = {"instruction": "prompt", "input": "query", "output": "response", "history": "history"}
-    return read_value("instruction", {ours: record.get(columns.get(theirs, ours)) for ours, theirs in names.items()})
+    return read_instruction({ours: record.get(columns.get(theirs, ours)) for ours, theirs in names.items()})
 
 
 def exam_questions(exams_dir: Path | None) -> dict[str, list[str]]:

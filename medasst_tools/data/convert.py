@@ -16,11 +16,12 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import orjson
@@ -28,11 +29,12 @@ import orjson
 from medasst_tools import provenance
 from medasst_tools.data.decontamination import QuestionIndex, read_questions
 from medasst_tools.data.filters import Cleaner
-from medasst_tools.data.layouts import ODD_TAIL, NotKept, likely_layout, read_value
-from medasst_tools.data.raw_files import CHINESE, UTF8, NotOneJson, Raw, Unreadable, is_chinese_encoding, read_records
+from medasst_tools.data.layouts import ODD_TAIL, likely_layout, reader, records_of
+from medasst_tools.data.raw_files import CHINESE, UTF8, NotKept, NotOneJson, is_chinese_encoding, read_records
 from medasst_tools.data.registry import Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import locked, read_json, sha256_of, write_json
+from medasst_tools.language import said
 
 STAGING = ".converting"
 # LLaMA-Factory's loader takes a column's type from the first 10 MiB: a dataset whose histories are all empty there fails
@@ -41,6 +43,8 @@ TYPED_BYTES = 8 << 20
 COLUMNS = {"instruction": "prompt", "input": "query", "output": "response", "history": "history", "system": "system"}
 COLUMNS |= {"chosen": "chosen", "rejected": "rejected"}
 CONTROL = re.compile(rb"<\|[A-Za-z_]{2,30}\|>|</?(?:start_of_turn|end_of_turn|s)>|\[/?INST\]")
+CONTROL_HINTS = (b"<|", b"s>", b"_turn>", b"INST]")  # one of these is in all that CONTROL finds
+BLOCK = 1 << 20  # bytes
 WORTH_A_POOL = 4 << 20  # bytes of raw files: less is converted before processes have started
 LOOKED_AT = 1000  # records from which a file's true layout is guessed
 
@@ -66,7 +70,7 @@ class Counts:
     def __init__(self) -> None:
         """Nothing was read yet."""
         self.read = self.kept = self.odd_tails = self.control_tokens = self.bytes = 0
-        self.digest, self.sha256 = hashlib.sha256(), ""
+        self.sha256 = ""
         self.skipped, self.rejected, self.masked = Counter(), Counter(), Counter()
         self.columns: list[str] = []
         self.first_history: slice | None = None
@@ -160,7 +164,7 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
             continue
         missing.append(f"{dataset.name} needs {' or '.join(map(str, places))}{_where_from(dataset)}")
         if like := _misnamed(raw_dir / dataset.corpus.name, dataset.files, known):
-            print(f"warning: {like} isn't read: {missing[-1]}; rename it?")
+            print(said(f"warning: {like} isn't read: {missing[-1]}; rename it?"))
     if names and missing:
         raise UserError(
             f"no raw file: {'; '.join(missing)}; `medasst download {' '.join(names)}` fetches what hubs have"
@@ -303,44 +307,59 @@ def write_dataset(
     from tqdm import tqdm
 
     counts, output = Counts(), folder / f"{dataset.name}.jsonl"
+    read_value = reader(dataset.layout, dataset.corpus.columns)
     with (
-        output.open("wb", buffering=1 << 20) as out,
-        (folder / "rejected" / output.name).open("wb") as bad,
         tqdm(desc=dataset.name, unit="record", unit_scale=True, disable=None, leave=False) as bar,
+        BlockWriter(output, bar.update) as out,
+        (folder / "rejected" / output.name).open("wb") as bad,
     ):
-        for number, raw in enumerate(read_records(path, dataset.layout, encoding)):
-            if number % 10_000 == 0:
-                bar.update(number - bar.n)
-            for record in outcomes(dataset, raw):
+        for number, data, value in read_records(path, dataset.layout, encoding):
+            for record in records_of(value, read_value):
                 counts.read += 1
-                reason = record if isinstance(record, NotKept) else keep(record, out, counts, cleaner, options.strict)
-                if reason is not None:
+                try:
+                    line = line_of(record, dataset, cleaner, options.strict, counts)
+                except NotKept as reason:
                     (counts.skipped if reason.by_design else counts.rejected)[str(reason)] += 1
                     if not reason.by_design:
-                        bad.write(_rejected_line(raw, str(reason)))
+                        bad.write(_rejected_line(number, data, str(reason)))
+                    continue
+                if counts.first_history is None and record.get("history"):
+                    counts.first_history = slice(out.bytes, out.bytes + len(line))
+                out.write(line)
+                counts.kept += 1
+                counts.columns = counts.columns or [COLUMNS[key] for key in record if key in COLUMNS]
+    counts.bytes, counts.control_tokens, counts.sha256 = out.bytes, out.control_tokens, out.digest.hexdigest()
     if counts.first_history and counts.first_history.start > TYPED_BYTES:
         counts.moved_to_top = True
         _move_to_top(output, counts.first_history)
-    counts.sha256 = sha256_of(output) if counts.moved_to_top else counts.digest.hexdigest()
+        counts.sha256 = sha256_of(output)
     return counts
 
 
-def outcomes(dataset: Dataset, raw: Raw) -> Sequence[dict[str, Any] | NotKept]:
-    """Return all that a raw record gives: records, and why there is none."""
-    if not raw.data or raw.data.isspace():
-        return (NotKept("blank line", by_design=True),)
-    if isinstance(raw.value, Unreadable):
-        return (NotKept(raw.value.reason),)
+def line_of(
+    record: dict[str, Any] | NotKept, dataset: Dataset, cleaner: Cleaner, strict: bool, counts: Counts
+) -> bytes:
+    """Return the line of a record that is kept, and count what was done to it; raise NotKept for one that isn't."""
+    if isinstance(record, NotKept):
+        raise record
+    if dataset.share is not None and in_test_part(record, dataset.share) != dataset.test_part:
+        raise NotKept("in the other part", by_design=True)
+    odd_tail = ODD_TAIL in record and record.pop(ODD_TAIL)
+    masked = None
+    if not cleaner.idle:
+        record, masked, reason = cleaner.clean(record)
+        if reason:
+            raise NotKept(reason, by_design=True)
     try:
-        found = read_value(dataset.layout, raw.value, dataset.corpus.columns)
-    except NotKept as reason:
-        return (reason,)
-    records = found if isinstance(found, list) else (found,)
-    share = dataset.share
-    if share is None:
-        return records
-    other = NotKept("in the other part", by_design=True)
-    return [one if in_test_part(one, share) == dataset.test_part else other for one in records]
+        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # half of a surrogate pair
+        raise NotKept("text that isn't Unicode") from None
+    if strict and CONTROL.search(line):
+        raise NotKept("a chat template's mark in the text")
+    counts.odd_tails += odd_tail
+    if masked:
+        counts.masked.update(masked)
+    return line
 
 
 def in_test_part(record: dict[str, Any], share: float) -> bool:
@@ -349,38 +368,57 @@ def in_test_part(record: dict[str, Any], share: float) -> bool:
     return crc32(first.encode("utf-8", "surrogatepass")) < share * (1 << 32)
 
 
-def keep(record: dict[str, Any], out: BinaryIO, counts: Counts, cleaner: Cleaner, strict: bool) -> NotKept | None:
-    """Write a record and count it; return why not, if a filter takes it out."""
-    odd_tail = record.pop(ODD_TAIL, False)
-    masked = None
-    if not cleaner.idle:
-        record, masked, reason = cleaner.clean(record)
-        if reason:
-            return NotKept(reason, by_design=True)
-    try:
-        line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # half of a surrogate pair
-        return NotKept("text that isn't Unicode")
-    if (b"<" in line or b"INST]" in line) and CONTROL.search(line):  # seldom: the search takes longer than all else
-        if strict:
-            return NotKept("a chat template's mark in the text")
-        counts.control_tokens += 1
-    if counts.first_history is None and record.get("history"):
-        counts.first_history = slice(counts.bytes, counts.bytes + len(line))
-    out.write(line)
-    counts.digest.update(line)
-    counts.bytes += len(line)
-    counts.kept += 1
-    counts.odd_tails += odd_tail
-    if masked:
-        counts.masked.update(masked)
-    counts.columns = counts.columns or [COLUMNS[key] for key in record if key in COLUMNS]
-    return None
+class BlockWriter:
+    """A file of lines, written a block at a time by a thread that also hashes it and counts the lines with a template's marks."""
+
+    def __init__(self, path: Path, written: Callable[[int], object]):
+        """`written` is told how many lines each block has."""
+        self.file, self.written, self.thread = path.open("wb", buffering=0), written, ThreadPoolExecutor(1)
+        self.lines, self.waiting, self.bytes, self.control_tokens = [], 0, 0, 0
+        self.digest, self.last_block = hashlib.sha256(), None
+
+    def write(self, line: bytes) -> None:
+        """Take a line; OSError of an earlier block, a full disk say, is raised here."""
+        self.lines.append(line)
+        self.bytes += len(line)
+        self.waiting += len(line)
+        if self.waiting > BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand what is waiting to the thread, once it has done the block before."""
+        self._wait()
+        self.last_block = self.thread.submit(self._write_block, self.lines)
+        self.written(len(self.lines))
+        self.lines, self.waiting = [], 0
+
+    def _wait(self) -> None:
+        if self.last_block:
+            self.last_block.result()
+
+    def _write_block(self, lines: list[bytes]) -> None:
+        block = b"".join(lines)
+        self.file.write(block)
+        self.digest.update(block)
+        if any(hint in block for hint in CONTROL_HINTS):  # seldom: the search takes longer than all else
+            self.control_tokens += sum(CONTROL.search(line) is not None for line in lines)
+
+    def __enter__(self) -> "BlockWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+                self._wait()
+        finally:
+            self.thread.shutdown()
+            self.file.close()
 
 
-def _rejected_line(raw: Raw, reason: str) -> bytes:
+def _rejected_line(number: int, data: bytes, reason: str) -> bytes:
     """One line of rejected/. `raw` gives the exact bytes back: json.loads(line)["raw"].encode("utf-8", "surrogateescape")."""
-    entry = {"line": raw.line, "reason": reason, "raw": raw.data.decode("utf-8", "surrogateescape")}
+    entry = {"line": number, "reason": reason, "raw": data.decode("utf-8", "surrogateescape")}
     try:
         return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -445,12 +483,12 @@ def _true_shape(dataset: Dataset, path: Path, entry: dict[str, Any]) -> str:
     """Say what a file of which nearly all is rejected looks like instead; empty if nothing fits better."""
     if _rejected_share(entry) < 0.9:
         return ""
+    if entry["rejected"].get("not UTF-8", 0) * 2 > entry["read"]:
+        return " (neither UTF-8 nor GB18030; give its --encoding: big5?)"
     values = []
-    for raw in read_records(path, "", entry["encoding"]):
-        if raw.data.strip() and not isinstance(raw.value, Unreadable):
-            values.append(raw.value)
-        if raw.line >= LOOKED_AT:
-            break
+    for _, _, value in islice(read_records(path, "", entry["encoding"]), LOOKED_AT):
+        if not isinstance(value, NotKept):
+            values.append(value)
     found = likely_layout(values)
     shape = (
         "a list"

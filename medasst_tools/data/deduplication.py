@@ -6,8 +6,19 @@ from hashlib import blake2b
 from typing import Any
 
 NOT_A_LETTER = re.compile(r"[\W_]+")
-# Signs without which a question asks something else: 5.5 mg and 55 mg, <7 and >7, HBsAg(+) and HBsAg(-), 3-5 days, 1:2, 120/80.
-_SIGN = r"(?<=[0-9])[.:/~\-](?=[0-9])|[<>≤≥=]+(?=\s*[0-9])|(?<=[0-9])[%‰]|(?<=\()\s*[+\-±]+\s*(?=\))|(?<=[a-z0-9])[+\-]+(?!\w)"
+# Signs without which a question asks something else: 5.5 mg and 55 mg, 3-5 days, 1:2, 120/80, 3+2; <7 and >7; -3.5 and +3.5;
+# HBsAg(+) and HBsAg(-), 阳性+ and 阳性-; ALT↑ and ALT↓.
+_SIGN = "|".join(
+    [
+        r"(?<=[0-9])\s*[.:/\u2044~\-+*×^]\s*(?=[0-9])",
+        r"[<>≤≥≦≧=≠]+(?=\s*[0-9])",
+        r"(?<=[0-9])\s*[%‰]",
+        r"(?<![0-9a-z])[+\-±]+(?=\s*[0-9])",
+        r"(?<=\()\s*[+\-±]+\s*(?=\))",
+        r"(?<=\w)[+\-±]+(?!\w)",
+        r"[↑↓√×♂♀]",
+    ]
+)
 SIGNS = re.compile(_SIGN)
 WORDS_AND_SIGNS = re.compile(rf"{_SIGN}|[^\W_]+")
 SHINGLE = 3  # characters

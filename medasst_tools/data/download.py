@@ -25,25 +25,32 @@ from medasst_tools.errors import UserError
 from medasst_tools.files import LFS_POINTER, locked, sha256_of
 from medasst_tools.render import CONFIGS_DIR, load_experiments, resolve
 
-HUBS = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
-MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+class Hub(NamedTuple):
+    """What messages say of a hub, the variables that hold a token and a mirror's address, its key in the registries."""
+
+    name: str
+    token: str
+    mirror: str
+    key: str
+
+
+HUBS = {
+    "huggingface": Hub("Hugging Face", "HF_TOKEN", "HF_ENDPOINT", "hugging_face"),
+    "modelscope": Hub("ModelScope", "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT", "modelscope"),
+}
+MODEL_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # weights in formats that transformers doesn't read where safetensors are there, and pickles
 NOT_NEEDED = ["*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "consolidated*"]
 
 
 class Wanted(NamedTuple):
-    """A file that a corpus or exam needs. `repositories`: {hub: id}; `places`: where it may be, the first is where it goes."""
+    """A file that a corpus or exam needs. `about`: the registry's entry; `places`: where it may be, the first is where it goes."""
 
     title: str
-    licence: str
-    homepage: str
-    repositories: dict[str, str | None]
+    about: dict[str, Any]
     places: list[Path]
     known: list[dict[str, Any]]  # of each place's file: bytes, sha256, elsewhere
-
-    @property
-    def path(self) -> Path:
-        return self.places[0]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--raw-dir", type=Path, default=Path("data/raw"), help="for corpora (data/raw)")
     parser.add_argument("--exams-dir", type=Path, default=Path("data/exams"), help="for exams (data/exams)")
-    parser.add_argument(
-        "--models-dir", type=Path, help="for models, as DIR/<owner>/<name>; default: the client's cache"
-    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -71,34 +75,29 @@ def run(args: argparse.Namespace) -> None:
     files, models = choose(args.names, args.raw_dir, args.exams_dir)
     hubs = [args.source] if args.source else hubs_in_order()
     failures: list[str] = []
-    told: set[str] = set()
     for file in files:
         faults = {path: fault_of(path, known) for path, known in zip(file.places, file.known, strict=True)}
+        wrong = "".join(f"; {path} {fault}" for path, fault in faults.items() if path.exists())
         if present := [path for path, fault in faults.items() if not fault]:
             print(f"{present[0]}: already there")
         elif elsewhere := file.known[0].get("elsewhere"):
-            wrong = "".join(f"; {path} {fault}" for path, fault in faults.items() if path.exists())
             note = f"{' or '.join(map(str, file.places))}: no hub has it; put it there from {elsewhere}{wrong}"
             if args.names:
                 failures.append(note)
             else:
                 print(note)
         else:
-            if file.title not in told:
-                print(f"{file.title}: licence {file.licence} ({file.homepage})", flush=True)
-                told.add(file.title)
-            if file.path.exists():
-                print(f"{file.path} {faults[file.path]}; fetching it again", flush=True)
-            which = [hub for hub in hubs if file.repositories[hub]] or hubs
+            print(f"{file.title}: licence {file.about['licence']} ({file.about['homepage']}){wrong}", flush=True)
+            which = [hub for hub in hubs if file.about[HUBS[hub].key]] or hubs
             failures += from_first_hub(which, partial(fetch_file, file))
     for model in models:
-        failures += from_first_hub(hubs[:1], partial(fetch_model, model, args.models_dir))
+        failures += from_first_hub(hubs[:1], partial(fetch_model, model))
     if failures:
         raise UserError("\nmedasst download: error: ".join(failures))
 
 
 def hubs_in_order() -> list[str]:
-    """Return the hubs, the one that LLaMA-Factory would take a model from first."""
+    """Return the hubs, the one that LLaMA-Factory takes a model from first, by its own rule."""
     modelscope_first = os.environ.get("USE_MODELSCOPE_HUB", "0").lower() in ("true", "y", "1")
     return sorted(HUBS, reverse=modelscope_first)
 
@@ -117,23 +116,9 @@ def from_first_hub(hubs: list[str], fetch: Callable[[str], None]) -> list[str]:
 
 def choose(names: list[str], raw_dir: Path, exams_dir: Path) -> tuple[list[Wanted], list[str]]:
     """Return (files, model ids) for the names; every file of every corpus and exam without any."""
-    datasets, benchmarks = load_datasets().values(), load_protocol()["benchmarks"]
     experiments = load_experiments(CONFIGS_DIR / "experiments.yaml")
-    files: list[tuple[set[str], Wanted]] = []
-    for dataset in datasets:
-        corpus = dataset.corpus
-        repositories = {"huggingface": corpus.hugging_face, "modelscope": corpus.modelscope}
-        places = [raw_dir / corpus.name / file for file in dataset.files]
-        known = [corpus.known_files.get(file, {}) for file in dataset.files]
-        if not (corpus.hugging_face or corpus.modelscope or any(file.get("elsewhere") for file in known)):
-            continue  # on no hub, and nobody says where else
-        wanted = Wanted(corpus.title, corpus.licence, corpus.homepage, repositories, places, known)
-        files.append(({corpus.name, dataset.name}, wanted))
-    for name, exam in benchmarks.items():
-        repositories = {"huggingface": exam["hugging_face"], "modelscope": exam["modelscope"]}
-        place = exams_dir / f"{exam['archive']}.zip"
-        known = [exam.get("known_file", {})]
-        files.append(({name}, Wanted(name, exam["licence"], exam["homepage"], repositories, [place], known)))
+    files = files_by_name(raw_dir, exams_dir)
+    known_names = {name for known_as, _ in files for name in known_as}
     models = []
     for name in names:
         if name in experiments["experiments"]:
@@ -142,14 +127,26 @@ def choose(names: list[str], raw_dir: Path, exams_dir: Path) -> tuple[list[Wante
                 raise UserError(f"{name}'s model {models[-1]} is no hub's: `make train EXPERIMENT={name}` makes it")
         elif MODEL_ID.fullmatch(name):
             models.append(name)
-        elif not any(name in known_as for known_as, _ in files):
-            known = [
-                *dict.fromkeys(dataset.corpus.name for dataset in datasets),
-                *benchmarks,
-                *experiments["experiments"],
-            ]
-            raise UserError(f"nothing is named {name!r}; there are {', '.join(known)}, or a model as owner/name")
-    return [file for known_as, file in files if not names or known_as & set(names)], list(dict.fromkeys(models))
+        elif name not in known_names:
+            there = ", ".join([*dict.fromkeys(known_as[0] for known_as, _ in files), *experiments["experiments"]])
+            raise UserError(f"nothing is named {name!r}; there are {there}, or a model as owner/name")
+    wanted = [file for known_as, file in files if not names or set(known_as) & set(names)]
+    return wanted, list(dict.fromkeys(models))
+
+
+def files_by_name(raw_dir: Path, exams_dir: Path) -> list[tuple[list[str], Wanted]]:
+    """Return ([names of corpus and dataset, or of the exam], file) of all that a hub has, or that is had elsewhere."""
+    files = []
+    for dataset in load_datasets().values():
+        about, name = vars(dataset.corpus), dataset.corpus.name
+        known = [about["known_files"].get(file, {}) for file in dataset.files]
+        if any(about[hub.key] for hub in HUBS.values()) or any(file.get("elsewhere") for file in known):
+            places = [raw_dir / name / file for file in dataset.files]
+            files.append(([name, dataset.name], Wanted(about["title"], about, places, known)))
+    for name, exam in load_protocol()["benchmarks"].items():
+        place = exams_dir / f"{exam['archive']}.zip"
+        files.append(([name], Wanted(name, exam, [place], [exam.get("known_file", {})])))
+    return files
 
 
 def fault_of(path: Path, known: dict[str, Any]) -> str | None:
@@ -171,27 +168,25 @@ def fault_of(path: Path, known: dict[str, Any]) -> str | None:
 
 def fetch_file(file: Wanted, hub: str) -> None:
     """Fetch one file into a folder of its own beside its place, check it, and move it there."""
-    repository = file.repositories[hub]
+    place, repository = file.places[0], file.about[HUBS[hub].key]
     if not repository:
-        raise UserError(f"{file.path}: {HUBS[hub]} doesn't have {file.title}")
-    staging = file.path.parent / f".download-{file.path.name}"
-    staging.mkdir(parents=True, exist_ok=True)
-    with locked(staging / ".lock", f"another run is fetching {file.path}; wait for it"):
-        fetched, known = staging / file.path.name, {}
+        raise UserError(f"{place}: {HUBS[hub].name} doesn't have {file.title}")
+    staging = place.parent / f".download-{place.name}"
+    with locked(staging / ".lock", f"another run is fetching {place}; wait for it"):
         try:
-            known = FETCH_FILE[hub](repository, file.path.name, staging)
+            known = FETCH_FILE[hub](repository, place.name, staging)
         except Exception as error:  # two clients with a dozen kinds of errors each: `reason` names those that it knows
             if [path.name for path in staging.iterdir()] == [".lock"]:
                 shutil.rmtree(staging)
-            raise UserError(f"{file.path}: {reason(error, hub, repository)}") from error
-        if fault := fault_of(fetched, known | file.known[0]):
-            shutil.rmtree(staging)
-            raise UserError(
-                f"{file.path}: what {HUBS[hub]} sent as {repository} {fault}; it was not kept, try another --source or mirror"
-            )
-        fetched.replace(file.path)
+            raise UserError(f"{place}: {reason(error, hub, repository)}") from error
+        fault = fault_of(staging / place.name, known | file.known[0])
+        if not fault:
+            (staging / place.name).replace(place)
         shutil.rmtree(staging)
-    print(f"{file.path}: {file.path.stat().st_size:,} bytes from {HUBS[hub]}, {repository}", flush=True)
+    if fault:
+        sent = f"{place}: what {HUBS[hub].name} sent as {repository} {fault}"
+        raise UserError(f"{sent}; it was not kept, try another --source or mirror")
+    print(f"{place}: {place.stat().st_size:,} bytes from {HUBS[hub].name}, {repository}", flush=True)
 
 
 def _file_from_huggingface(repository: str, name: str, folder: Path) -> dict[str, Any]:
@@ -203,7 +198,6 @@ def _file_from_huggingface(repository: str, name: str, folder: Path) -> dict[str
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    _refuse_offline()
     url = hf_hub_url(repository, name, repo_type="dataset")
     facts = get_hf_file_metadata(url)
     part = folder / f"{name}.{facts.etag}.part"  # another version is another part
@@ -229,24 +223,24 @@ def _file_from_modelscope(repository: str, name: str, folder: Path) -> dict[str,
 FETCH_FILE = {"huggingface": _file_from_huggingface, "modelscope": _file_from_modelscope}
 
 
-def fetch_model(model: str, models_dir: Path | None, hub: str) -> None:
-    """Fetch a model to where LLaMA-Factory looks for it, or below a folder."""
-    folder = models_dir / model if models_dir else None
+def fetch_model(model: str, hub: str) -> None:
+    """Fetch a model into the client's own cache, where LLaMA-Factory looks for it."""
     try:
         if hub == "huggingface":
             from huggingface_hub import model_info, snapshot_download
 
-            _refuse_offline()
-            card = model_info(model).card_data
-            print(f"{model}: licence {(card and card.get('license')) or 'not named'}, see its page", flush=True)
-            path = snapshot_download(model, local_dir=folder, ignore_patterns=NOT_NEEDED)
+            licence, fetch = model_info(model).card_data, partial(snapshot_download, ignore_patterns=NOT_NEEDED)
+            licence = licence and licence.get("license")
         else:
             from modelscope_hub import HubApi
 
-            api = HubApi()
-            print(f"{model}: licence {api.get_repo(model, 'model').license or 'not named'}, see its page", flush=True)
-            # in its cache LLaMA-Factory would fetch what is left out here
-            path = api.download_repo(model, "model", local_dir=folder, ignore_patterns=NOT_NEEDED if folder else None)
+            # LLaMA-Factory would fetch what is left out here
+            licence, fetch = (
+                HubApi().get_repo(model, "model").license,
+                partial(HubApi().download_repo, repo_type="model"),
+            )
+        print(f"{model}: licence {licence or 'not named'}, see its page", flush=True)
+        path = fetch(model)
     except Exception as error:  # as above
         raise UserError(f"{model}: {reason(error, hub, model)}") from error
     if not [*Path(path).glob("*.safetensors")]:
@@ -257,17 +251,11 @@ def fetch_model(model: str, models_dir: Path | None, hub: str) -> None:
     print(f"{model}: in {path}", flush=True)
 
 
-def _refuse_offline() -> None:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        raise UserError("HF_HUB_OFFLINE is set, so that nothing comes from Hugging Face; run it with HF_HUB_OFFLINE=0")
-
-
 def reason(error: BaseException, hub: str, repository: str) -> str:
     """Return one line for a client's error: what happened, and what to do."""
     import httpx
     import requests
+    from huggingface_hub import constants
     from huggingface_hub import errors as huggingface
     from modelscope_hub import errors as modelscope
 
@@ -275,32 +263,20 @@ def reason(error: BaseException, hub: str, repository: str) -> str:
         return str(error)
     if isinstance(error, modelscope.FileDownloadError) and (inner := next(iter(error.failed_files.values()), None)):
         return reason(inner, hub, repository)
-    whose, token = (
-        f"{HUBS[hub]}'s {repository}",
-        {"huggingface": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}[hub],
-    )
+    if hub == "huggingface" and constants.HF_HUB_OFFLINE:
+        return f"{repository} isn't whole here, and HF_HUB_OFFLINE is set; run it with HF_HUB_OFFLINE=0"
+    name, token, mirror, _ = HUBS[hub]
+    said = textwrap.shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 160)
+    unreachable = (httpx.TransportError, requests.RequestException, modelscope.NetworkError)
+    if isinstance(error, (*unreachable, huggingface.LocalEntryNotFoundError)):
+        return f"{name} can't be reached ({said}); what is there is kept, run it again, or set a mirror: {mirror}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, huggingface.GatedRepoError):
-        return f"{whose} is gated: accept its terms on its page, then set {token}"
-    if status in (401, 403) or isinstance(error, modelscope.AuthenticationError | modelscope.PermissionDeniedError):
-        return f"{whose} doesn't exist or needs a token ({token}) that may read it"
-    if isinstance(error, huggingface.RepositoryNotFoundError | huggingface.HFValidationError):
-        return f"{whose} doesn't exist, or is private and needs {token}"
-    unreachable = (
-        httpx.TransportError,
-        requests.RequestException,
-        modelscope.NetworkError,
-        huggingface.LocalEntryNotFoundError,
-    )
-    if isinstance(error, unreachable):
-        return f"{HUBS[hub]} can't be reached ({_first_line(error)}); what is there is kept, run it again, or set a mirror: {MIRRORS[hub]}"
-    if isinstance(error, huggingface.EntryNotFoundError | modelscope.NotExistError) or status == 404:
-        return f"{whose} doesn't have it ({_first_line(error)})"
-    return f"{whose}: {_first_line(error)}"
-
-
-MIRRORS = {"huggingface": "HF_ENDPOINT", "modelscope": "MODELSCOPE_ENDPOINT"}
-
-
-def _first_line(error: BaseException) -> str:
-    return textwrap.shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 160)
+        said = f"is gated: accept its terms on its page, then set {token}"
+    elif isinstance(error, huggingface.RepositoryNotFoundError):
+        said = f"doesn't exist, or is private and needs {token}"
+    elif status in (401, 403) or isinstance(error, modelscope.AuthenticationError | modelscope.PermissionDeniedError):
+        said = f"doesn't exist or needs a token ({token}) that may read it"
+    elif isinstance(error, huggingface.EntryNotFoundError | modelscope.NotExistError) or status == 404:
+        said = f"doesn't have it ({said})"
+    return f"{name}'s {repository} {said}"

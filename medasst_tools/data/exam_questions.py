@@ -55,7 +55,7 @@ def load_subjects(exams_dir: Path, protocol: dict[str, Any]) -> list[Subject]:
     An exam beside the paper's two is left out where its archive isn't there.
     """
     if not exams_dir.is_dir():
-        archives = " and ".join(f"{benchmark['archive']}.zip" for benchmark in protocol["benchmarks"].values())
+        archives = " and ".join(f"{protocol['benchmarks'][name]['archive']}.zip" for name in AVERAGED)
         raise UserError(f"no exams folder {exams_dir}; it must hold {archives}, or their unpacked folders")
     subjects = []
     for benchmark_name, benchmark in protocol["benchmarks"].items():

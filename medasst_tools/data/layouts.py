@@ -6,11 +6,14 @@ stays as it is, but for white space at both ends and zero-width characters.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
+from medasst_tools.data.raw_files import NotKept
+
 ZERO_WIDTH = re.compile("[\u200b\u2060\ufeff]")
-MARKER = re.compile(r"\s*(问|答)[:：]")
+MARKER = re.compile(r"\s*(问|答)\s*[:：]")
 URL_ONLY = re.compile(r"(?:https?://|www\.)[^\s\u3000-\u303f\uff00-\uffef\u4e00-\u9fff]+")
 # the names under which people have questions and answers, likeliest first
 QUESTION_NAMES = (
@@ -21,14 +24,6 @@ ANSWER_NAMES = (
 )  # fmt: skip
 USERS, ASSISTANTS, SYSTEMS = ("user", "human"), ("assistant", "gpt", "bot", "model"), ("system", "developer")
 ODD_TAIL = "odd_tail"  # a mark on a record that lost an unanswered last question; it isn't written
-
-
-class NotKept(Exception):
-    """Why a raw record gives no record: by design (skipped), or because it is bad input (rejected)."""
-
-    def __init__(self, reason: str, by_design: bool = False):
-        super().__init__(reason)
-        self.by_design = by_design
 
 
 def clean(text: str) -> str:
@@ -59,11 +54,17 @@ def _optional(record: dict[str, Any], key: str) -> str:
 
 
 def _history(record: dict[str, Any]) -> list[list[str]]:
+    """Return the earlier turns, given as pairs or as turns with a role each (ChatGLM3's way)."""
     history = record.get("history")
     if history is None:
         return []
     if not isinstance(history, list):
         raise NotKept("history is not a list")
+    if history and isinstance(history[0], dict):
+        _, texts = _alternating(history)
+        if len(texts) % 2:
+            raise NotKept("history ends with a question")
+        history = [texts[at : at + 2] for at in range(0, len(texts), 2)]
     pairs = []
     for pair in history:
         if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
@@ -192,10 +193,16 @@ def read_pair(pair: list[str]) -> dict[str, Any]:
 
 
 def read_qa(record: dict[str, Any], question: str | None = None, answer: str | None = None) -> dict[str, Any]:
-    """A question and an answer under any names; those given, else the first known ones that it has."""
+    """A question and an answer under any names, those given or the first known ones; `input` and `system` beside them."""
+    kept = _asked(record, question)
+    kept["output"] = _text(record, answer or _known_name(record, ANSWER_NAMES, "answer"))
+    return kept | {"system": _optional(record, "system")} if "system" in record else kept
+
+
+def _asked(record: dict[str, Any], question: str | None = None) -> dict[str, str]:
     question = question or _known_name(record, QUESTION_NAMES, "question")
-    answer = answer or _known_name(record, ANSWER_NAMES, "answer")
-    return {"instruction": _text(record, question), "input": "", "output": _text(record, answer)}
+    more = _optional(record, "input") if question in ("instruction", "prompt") else ""
+    return {"instruction": _text(record, question), "input": more}
 
 
 def _known_name(record: dict[str, Any], names: Iterable[str], what: str) -> str:
@@ -220,18 +227,25 @@ def _from_turns(record: dict[str, Any], key: str) -> dict[str, Any]:
     turns = record.get(key)
     if not isinstance(turns, list):
         raise NotKept(f"no {key}" if turns is None else f"{key} is not a list")
-    system, texts = _optional(record, "system"), []
+    systems, texts = _alternating(turns)
+    odd_tail = len(texts) % 2 == 1
+    system = "\n".join(filter(None, (_optional(record, "system"), *systems)))
+    return _dialogue(texts[: len(texts) - odd_tail], odd_tail) | {"system": system}
+
+
+def _alternating(turns: list[Any]) -> tuple[list[str], list[str]]:
+    """Return (system texts, the user's and the assistant's in turns, the user's first)."""
+    systems, texts = [], []
     for turn in turns:
         role, text = _role_and_text(turn)
         if role in SYSTEMS and not texts:
-            system = "\n".join(filter(None, (system, clean(text))))
+            systems.append(clean(text))
             continue
         if role not in (USERS, ASSISTANTS)[len(texts) % 2]:
             known = role in USERS + ASSISTANTS + SYSTEMS
             raise NotKept("turns do not alternate" if known else f"a turn of {role!r}")
         texts.append(clean(text))
-    odd_tail = len(texts) % 2 == 1
-    return _dialogue(texts[: len(texts) - odd_tail], odd_tail) | {"system": system}
+    return systems, texts
 
 
 def _role_and_text(turn: Any) -> tuple[str, str]:
@@ -253,13 +267,10 @@ def read_history(record: dict[str, Any]) -> dict[str, Any]:
 
 def read_preference(record: dict[str, Any]) -> dict[str, Any]:
     """A question with a better and a worse answer, `chosen` and `rejected`: LLaMA-Factory's ranking format, for DPO."""
-    question, input_ = _known_name(record, QUESTION_NAMES, "question"), ""
-    if question in ("instruction", "prompt"):
-        input_ = _optional(record, "input")
     answers = {key: _text(record, key) for key in ("chosen", "rejected")}
     if answers["chosen"] == answers["rejected"]:
         raise NotKept("chosen and rejected are the same")
-    return {"instruction": _text(record, question), "input": input_, **answers}
+    return _asked(record) | answers
 
 
 LAYOUTS: dict[str, Callable[..., dict[str, Any] | list[dict[str, Any]]]] = {
@@ -279,36 +290,44 @@ LAYOUTS: dict[str, Callable[..., dict[str, Any] | list[dict[str, Any]]]] = {
 LISTS = ("columns", "pairs")  # their raw records are lists, all others' are objects
 
 
-def read_value(
-    layout: str, value: Any, columns: dict[str, str] | None = None
-) -> dict[str, Any] | list[dict[str, Any]]:
-    """Return what a raw record's parsed value gives; NotKept if nothing. columns: {"question", "answer"} of layout qa."""
-    if layout in LISTS:
-        if not isinstance(value, list):
-            raise NotKept("not a list")
-    elif not isinstance(value, dict):
-        raise NotKept("not an object")
-    return LAYOUTS[layout](value, **columns) if columns else LAYOUTS[layout](value)
+def reader(
+    layout: str, columns: dict[str, str] | None = None
+) -> Callable[[Any], dict[str, Any] | list[dict[str, Any]]]:
+    """Return the function of a raw record's parsed value, which raises NotKept. columns: {"question", "answer"} of layout qa."""
+    read, kind = partial(LAYOUTS[layout], **columns) if columns else LAYOUTS[layout], list if layout in LISTS else dict
+
+    def read_value(value: Any) -> dict[str, Any] | list[dict[str, Any]]:
+        if type(value) is not kind:
+            raise value if isinstance(value, NotKept) else NotKept(f"not {'a list' if kind is list else 'an object'}")
+        return read(value)
+
+    return read_value
+
+
+def records_of(value: Any, read_value: Callable[[Any], dict[str, Any] | list[dict[str, Any]]]) -> Sequence[Any]:
+    """Return all that a raw record's value gives: records, or NotKept that says why there is none."""
+    try:
+        found = read_value(value)
+    except NotKept as reason:
+        return (reason,)
+    return found if type(found) is list else (found,)
 
 
 def likely_layout(values: list[Any]) -> str | None:
     """Return the layout in which most of these values can be read, the most special first; None if none reads half of them."""
     usable = dict.fromkeys(LAYOUTS, 0)
     for layout in usable:
+        read_value = reader(layout)
         for value in values:
             try:
-                read_value(layout, value)
+                read_value(value)
                 usable[layout] += 1
             except NotKept as reason:
                 usable[layout] += reason.by_design
     del usable["dialogue_turns"]
+    # qa reads most, and of those with a history would lose it
     has_history = any(isinstance(value, dict) and value.get("history") for value in values)
-    # instruction keeps a history too; qa, which reads most, would lose one
-    order = [
-        "instruction",
-        *(name for name in usable if name not in ("dialogue", "history", "qa")),
-        *["history"] * has_history,
-        "qa",
-    ]
+    order = ["instruction", *(name for name in usable if name not in ("dialogue", "history", "qa"))]
+    order.append("history" if has_history else "qa")
     best = max(order, key=lambda name: usable[name])
     return best if values and usable[best] * 2 >= len(values) else None

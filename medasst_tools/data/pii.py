@@ -15,7 +15,7 @@ MASKS = {
     "qq": "[QQ号]",
     "phone": "[电话]",
 }
-_SUSPICIOUS = re.compile(r"[0-9]{5}|[0-9]{3}[- ][0-9]{3,4}|@|://|www\.|微信|(?i:wechat|weixin|qq|[vw]x)")
+_SUSPICIOUS = re.compile(r"[0-9]{5}|[0-9]{3}[- ][0-9]{3,4}|@|://|www\.|微信|(?i:wechat|weixin|qq|[vw]x|加\s*v)")
 # in this order: an address may hold an @, a WeChat id may be a phone number
 PATTERNS = {
     "url": re.compile(r"(?:https?://|www\.)[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+", re.IGNORECASE),
@@ -23,7 +23,7 @@ PATTERNS = {
     "id_number": re.compile(r"(?<![0-9])[1-9][0-9]{5}(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:[0-2][0-9]|3[01])[0-9]{3}[0-9Xx](?![0-9])"),
     "wechat": re.compile(
         r"(?:微信|(?<![A-Za-z0-9])(?i:wechat|weixin))\s*(?:号|账号|id)?\s*(?:是|为)?\s*[:：]?\s*([A-Za-z][A-Za-z0-9_\-]{5,19}|1[3-9][0-9]{9})"
-        r"|(?<![A-Za-z0-9])(?i:[vw]x)(?:[号是为:：\s]+([A-Za-z][A-Za-z0-9_\-]{5,19})|\s*(1[3-9][0-9]{9}))"  # words begin with wx, too
+        r"|(?:加\s*[vV]|(?<![A-Za-z0-9])(?i:[vw]x))(?:[号是为:：\s]+([A-Za-z][A-Za-z0-9_\-]{5,19})|\s*(1[3-9][0-9]{9}))"  # words begin with wx, too
     ),
     "qq": re.compile(r"(?:(?<![A-Za-z0-9])(?i:qq)|扣扣)\s*(?:群|号|号码)?\s*(?:是|为)?\s*[:：]?\s*([1-9][0-9]{4,10})(?![0-9])"),
     "phone": re.compile(

@@ -4,16 +4,18 @@ plain text columns; plain, gzip or zip; a folder of such files.
 What a file is, its content says, not its name (but for .csv, .tsv and .parquet).
 """
 
+import codecs
 import csv
 import gzip
 import io
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO
 
 import orjson
 
@@ -25,22 +27,40 @@ PEEKED = 1 << 20  # bytes that are looked at to tell a container
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more
 BOM, NEWLINE = b"\xef\xbb\xbf", ord("\n")
 UTF8, CHINESE = "utf-8", "gb18030"
+PRIVATE_USE = re.compile("[\ue000-\uf8ff]")
+WIDE = (  # the longer marks first: a UTF-32 one begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+PACKED = {  # how files begin that aren't text, also when they lie in a gzip or zip that was unpacked here
+    b"\xfd7zXZ\0": "packed with xz",
+    b"BZh": "packed with bzip2",
+    b"\x28\xb5\x2f\xfd": "packed with zstd",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+    b"\x1f\x8b": "packed with gzip more than once",
+    b"PK\x03\x04": "a zip archive in another",
+    b"PAR1": "Parquet under another name",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
+    b"%PDF": "a PDF",
+}
 # keys whose list of objects is one record's dialogue, not a wrapped array of records
 DIALOGUE_KEYS = ("messages", "conversations", "conversation", "history", "data")
 
 
-class Unreadable(NamedTuple):
-    """In place of a record's value: why there is none."""
+class NotKept(Exception):
+    """Why a raw record gives no record: by design (skipped), or because it is bad input (rejected)."""
 
-    reason: str
+    def __init__(self, reason: str, by_design: bool = False):
+        super().__init__(reason)
+        self.by_design = by_design
 
 
-class Raw(NamedTuple):
-    """One raw record: the line it starts on (of an array or a table, its number), its bytes, its parsed value or Unreadable."""
-
-    line: int
-    data: bytes
-    value: Any
+# The line a raw record starts on (of an array or a table, its number), its bytes, its parsed value or why there is none. A
+# plain tuple: making a million named ones takes as long as parsing half of them.
+Raw = tuple[int, bytes, Any]
 
 
 def read_records(path: Path, layout: str = "", encoding: str = UTF8) -> Iterator[Raw]:
@@ -58,7 +78,7 @@ def read_records(path: Path, layout: str = "", encoding: str = UTF8) -> Iterator
         return
     with open_raw(path) as stream:
         if kind in ("csv", "tsv") and layout != "columns":
-            yield from _table(path, stream, encoding, "," if kind == "csv" else "\t")
+            yield from _table(path, stream, encoding)
         elif layout == "columns":
             yield from _lines(stream, _columns, encoding)
         elif is_one_value(stream):
@@ -106,6 +126,8 @@ def _zip_member(path: Path, file: BinaryIO) -> Iterator[io.RawIOBase]:
             raise UserError(
                 f"{path} holds {unsafe[0]!r}, a path that leaves the archive; it is not the published file"
             )
+        if any(info.filename == "[Content_Types].xml" for info in members):
+            raise UserError(f"{path} is an Excel or Word file; save it as CSV in UTF-8")
         if len(members) != 1:
             names = ", ".join(info.filename for info in members[:5]) or "nothing"
             raise UserError(f"{path} must hold one text file, holds {names}; unpack it and give the text file")
@@ -151,27 +173,40 @@ class _Limited(io.RawIOBase):
 
 def _after_bom(path: Path, stream: Any) -> io.BufferedReader:
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, PEEKED)
-    head = buffered.peek(4)[:4]
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path.name}")
-    if head.startswith(BOM):
+    head = buffered.peek(512)[:512]
+    if not head:
+        raise UserError(f"{path} is empty; get it again")
+    if wide := next((name for mark, name in WIDE if head.startswith(mark)), _wide_ascii(head[:4])):
+        raise UserError(f"{path} is {wide}; convert it first: iconv -f {wide} -t UTF-8 {path.name}")
+    packed = next((name for magic, name in PACKED.items() if head.startswith(magic)), "")
+    if packed or head[257:262] == b"ustar":
+        raise UserError(f"{path} is {packed or 'a tar archive'}; unpack it and give the text file in it")
+    while buffered.peek(len(BOM)).startswith(BOM):  # two programs may have written one each
         buffered.read(len(BOM))
     return buffered
 
 
-def is_chinese_encoding(path: Path) -> bool:
-    """Say whether a file that isn't UTF-8 is GB18030 (GBK, GB2312) from its first byte to its last."""
-    import codecs
+def _wide_ascii(head: bytes) -> str:
+    """Name the encoding without a mark in which a file begins with ASCII, {" or [{ say; empty if it is none of these."""
+    width = {2: "UTF-16", 3: "UTF-32"}.get(head.count(b"\0"))
+    return f"{width}{'BE' if head[0] == 0 else 'LE'}" if width else ""
 
-    decoder = codecs.getincrementaldecoder(CHINESE)()
+
+def is_chinese_encoding(path: Path) -> bool:
+    """Say whether a file that isn't UTF-8 is GB18030 (GBK, GB2312) from its first byte to its last.
+
+    Big5's bytes can mostly be read as GB18030 too; then a tenth of the signs and more are of the private use area.
+    """
+    decoder, signs, private = codecs.getincrementaldecoder(CHINESE)(), 0, 0
     with open_raw(path) as stream:
         try:
-            while data := stream.read(1 << 20):
-                decoder.decode(data)
+            while data := stream.read(PEEKED):
+                text = decoder.decode(data)
+                signs, private = signs + len(text), private + len(PRIVATE_USE.findall(text))
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             return False
-    return True
+    return private * 50 <= signs
 
 
 # ---- containers -----------------------------------------------------------------------------------------------------
@@ -188,10 +223,7 @@ def is_one_value(stream: io.BufferedReader) -> bool:
     if not _parses(first):
         return first.strip() in (b"{", b"") or _opens_array(first)
     value = orjson.loads(first)
-    return not rest.strip() and any(
-        key not in DIALOGUE_KEYS[:-1] and isinstance(inner, list) and inner and isinstance(inner[0], dict)
-        for key, inner in value.items()
-    )
+    return not rest.strip() and (bool(_lists_of_records(value)) or _is_by_id(value))
 
 
 def _opens_array(first: bytes) -> bool:
@@ -200,6 +232,20 @@ def _opens_array(first: bytes) -> bool:
     return (
         key.rstrip().strip(b'"') not in [name.encode() for name in DIALOGUE_KEYS[:-1]] and value.lstrip()[:1] == b"["
     )
+
+
+def _lists_of_records(value: dict[str, Any]) -> dict[str, list]:
+    """Return the lists of objects in an object, but for one record's dialogue."""
+    return {
+        key: inner
+        for key, inner in value.items()
+        if key not in DIALOGUE_KEYS[:-1] and isinstance(inner, list) and inner and isinstance(inner[0], dict)
+    }
+
+
+def _is_by_id(value: dict[str, Any]) -> bool:
+    """Say whether an object holds records under their ids."""
+    return len(value) > 1 and all(isinstance(inner, dict) for inner in value.values())
 
 
 def _parses(data: bytes) -> bool:
@@ -218,18 +264,22 @@ def _lines(stream: BinaryIO, parse: Callable[[bytes, str], Any], encoding: str) 
             while (more := stream.readline(1 << 17)) and not more.endswith(b"\n"):
                 pass  # the rest of a line that is rejected for its length
             reason = f"longer than {MAX_RECORD_BYTES} bytes, its first 4096 are kept here"
-            yield Raw(number, line[:4096], Unreadable(reason))
+            yield number, line[:4096], NotKept(reason)
             continue
-        yield Raw(number, line, parse(line, encoding))
+        yield number, line, parse(line, encoding)
 
 
 def _json(line: bytes, encoding: str) -> Any:
     try:
         return orjson.loads(line if encoding == UTF8 else line.decode(encoding))
     except UnicodeDecodeError:
-        return Unreadable(f"not {encoding}")
+        return NotKept(f"not {encoding}")
     except (orjson.JSONDecodeError, RecursionError):
-        return Unreadable("not JSON" if _decodes(line) else "not UTF-8")
+        return _blank(line) or NotKept("not JSON" if _decodes(line) else "not UTF-8")
+
+
+def _blank(line: bytes) -> NotKept | None:
+    return None if line.strip() else NotKept("blank line", by_design=True)
 
 
 def _decodes(data: bytes) -> bool:
@@ -240,12 +290,12 @@ def _decodes(data: bytes) -> bool:
     return True
 
 
-def _columns(line: bytes, encoding: str) -> list[str] | Unreadable:
+def _columns(line: bytes, encoding: str) -> list[str] | NotKept:
     """Split on the tab itself: csv's quoting swallows lines."""
     try:
-        return line.rstrip(b"\r").decode(encoding).split("\t")
+        return _blank(line) or line.rstrip(b"\r").decode(encoding).split("\t")
     except UnicodeDecodeError:
-        return Unreadable("not UTF-8" if encoding == UTF8 else f"not {encoding}")
+        return NotKept("not UTF-8" if encoding == UTF8 else f"not {encoding}")
 
 
 def _array(path: Path, stream: BinaryIO, encoding: str) -> Iterator[Raw]:
@@ -258,12 +308,25 @@ def _array(path: Path, stream: BinaryIO, encoding: str) -> Iterator[Raw]:
     except (orjson.JSONDecodeError, RecursionError) as error:
         raise NotOneJson(path, text, error) from None
     if isinstance(value, dict):
-        lists = [inner for inner in value.values() if isinstance(inner, list)]
-        value = max(lists, key=len) if lists else [value]
+        value = _records_in(path, value)
     for number, element in enumerate(value, 1):
         data = orjson.dumps(element)
         long = len(data) > MAX_RECORD_BYTES
-        yield Raw(number, data, Unreadable(f"longer than {MAX_RECORD_BYTES} bytes") if long else element)
+        yield number, data, NotKept(f"longer than {MAX_RECORD_BYTES} bytes") if long else element
+
+
+def _records_in(path: Path, value: dict[str, Any]) -> list[Any]:
+    """Return the records in an object around them; UserError if it has several lists, of which one alone would be read."""
+    lists = _lists_of_records(value)
+    if len(lists) > 1:
+        raise UserError(
+            f"{path} holds several lists of records: {', '.join(lists)}; write each into a file of its own"
+        )
+    if lists:
+        return next(iter(lists.values()))
+    if _is_by_id(value):
+        return list(value.values())
+    return next((inner for inner in value.values() if isinstance(inner, list)), [value])
 
 
 class NotOneJson(UserError):
@@ -279,8 +342,10 @@ class NotOneJson(UserError):
         super().__init__(f"{path} {what}; mend that place, get the file again, or write one record a line")
 
 
-def _table(path: Path, stream: BinaryIO, encoding: str, delimiter: str) -> Iterator[Raw]:
-    """Yield the rows of a table with a header as objects."""
+def _table(path: Path, stream: io.BufferedReader, encoding: str) -> Iterator[Raw]:
+    """Yield the rows of a table with a header as objects; its columns are parted by what the header has most of."""
+    header = stream.peek(PEEKED).partition(b"\n")[0].decode("latin-1")
+    delimiter = max(",\t;", key=header.count)
     csv.field_size_limit(MAX_RECORD_BYTES)
     text = io.TextIOWrapper(stream, encoding, errors="surrogateescape" if encoding == UTF8 else "strict", newline="")
     rows = csv.DictReader(text, delimiter=delimiter)
@@ -297,8 +362,8 @@ def _table(path: Path, stream: BinaryIO, encoding: str, delimiter: str) -> Itera
         data = delimiter.join(str(value) for value in [*row.values(), *(more or [])] if value is not None)
         data = data.encode(UTF8, "surrogateescape")
         whole = more is None and None not in row.values()
-        value = row if whole else Unreadable(f"not {len(row)} columns")
-        yield Raw(number, data, value if _decodes(data) else Unreadable("not UTF-8"))
+        value = row if whole else _blank(data) or NotKept(f"not {len(row)} columns")
+        yield number, data, value if _decodes(data) else NotKept("not UTF-8")
 
 
 def _parquet(path: Path) -> Iterator[Raw]:
@@ -307,6 +372,6 @@ def _parquet(path: Path) -> Iterator[Raw]:
 
     try:
         for number, row in enumerate(load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1):
-            yield Raw(number, orjson.dumps(row, default=str), row)
+            yield number, orjson.dumps(row, default=str), row
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} can't be read as Parquet: {' '.join(str(error).split())[:200]}") from None

@@ -86,7 +86,7 @@ def _problems(entry: Any):
             yield f"unknown key {key!r}{nearest(str(key), known)}"
     for key in ("layout", "datasets"):
         if key not in entry:
-            yield f"no {key}"
+            yield f"lacks the key {key}"
     yield from _layout_problem(entry.get("layout"))
     described = entry.get("datasets", {})
     if not isinstance(described, dict) or ("datasets" in entry and not described):

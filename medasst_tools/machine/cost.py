@@ -14,21 +14,21 @@ checkpointing, LLaMA-Factory's default). What a card reaches of its matrix peak 
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medasst_tools.config import read_yaml
-from medasst_tools.files import PROJECT_ROOT
+from medasst_tools.files import PROJECT_ROOT, read_json
 
 BASE_MODELS = PROJECT_ROOT / "dataset_info" / "base_models.yaml"
 GIB = 1 << 30
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")  # whose layers the formulas describe
 CUDA_OVERHEAD = 0.75 * GIB
-PADDED = 1.55  # padded tokens for a useful one at batch 4, an assumption (1.585 on real text: docs/benchmarks.md); packed 1.0
+# Of real text in Qwen2's own tokens, mixed as the paper's corpora: `make bench-lengths`, table in docs/models.md.
+PADDED = 1.65  # padded tokens for a useful one at batch 4; packed 1.0
+TOKENS_A_RECORD = 177  # useful ones after the cut at 512, until the data is here and the audit counts them
+BYTES_A_TOKEN = 3.7  # of a converted file for a useful token, template and system prompt included
 REACHED = (0.30, 0.55)  # share of the matrix peak, an assumption
-TOKENS_A_RECORD = (
-    177  # useful ones after the cut at 512, an assumption until the data is here and the audit counts them
-)
-BYTES_A_TOKEN = 4.5  # of UTF-8 Chinese text with Qwen2's tokenizer, where the audit hasn't counted
 
 # Dense bfloat16 (float16 where a card has no bfloat16) matrix peaks in TFLOPS, from the makers' data sheets; nvidia-smi's names.
 CARD_PEAKS = {
@@ -85,31 +85,29 @@ class ModelShape:
         """All parameters, to a thousandth: norms and biases are left out."""
         return self.layer_weights + self.table_weights
 
-    def lora_parameters(self, rank: int) -> int:
-        """The adapter's weights, on every linear layer (lora_target: all)."""
-        return self.layers * rank * sum(inputs + outputs for inputs, outputs in self.linear_layers())
+    def trained_parameters(self, config: dict[str, Any]) -> int:
+        """What a training learns: all weights, or a LoRA adapter's on every linear layer (lora_target: all)."""
+        if config.get("finetuning_type", "lora") != "lora":
+            return self.parameters
+        return self.layers * config.get("lora_rank", 8) * sum(map(sum, self.linear_layers()))
 
 
 def known_config(model: str) -> dict[str, Any] | None:
-    """Return what base_models.yaml has of a hub id's config.json, None of another."""
+    """Return a model's config.json: a folder's own, what base_models.yaml has of a hub id, None of another."""
+    if (Path(model) / "config.json").is_file():
+        return read_json(Path(model) / "config.json")
     return next((one.get("config") for one in read_yaml(BASE_MODELS) if model in one["ids"]), None)
 
 
 def known_shape(model: str) -> ModelShape | None:
-    """Return the shape of a hub id that base_models.yaml describes, None of another."""
-    config = known_config(model)
-    return ModelShape.from_config(config) if config else None
+    """Return the shape of a folder, or of a hub id that base_models.yaml describes, None of another."""
+    return ModelShape.from_config(known_config(model) or {})
 
 
 def weight_bytes(shape: ModelShape, config: dict[str, Any]) -> float:
     """Return what the weights take: 2 bytes each, the layers of a base in n bits n/8 and a 64th for the scales."""
     bits = config.get("quantization_bit")
     return shape.layer_weights * (bits / 8 + 1 / 64 if bits else 2) + 2 * shape.table_weights
-
-
-def adapter_parameters(shape: ModelShape, config: dict[str, Any]) -> int:
-    """Return how many weights a LoRA training learns."""
-    return shape.lora_parameters(config.get("lora_rank", 8))
 
 
 def memory_bytes(shape: ModelShape, config: dict[str, Any]) -> float | None:
@@ -125,14 +123,13 @@ def memory_bytes(shape: ModelShape, config: dict[str, Any]) -> float | None:
     if config.get("disable_gradient_checkpointing"):
         kept, per_layer = shape.layers * (8 * shape.intermediate + 28 * shape.hidden), 0
     logits = 0 if config.get("enable_liger_kernel") else 12 * shape.vocabulary
-    resting = weight_bytes(shape, config) + 16 * adapter_parameters(shape, config)
+    resting = weight_bytes(shape, config) + 16 * shape.trained_parameters(config)
     return resting + tokens * (kept + max(logits, per_layer)) + CUDA_OVERHEAD
 
 
 def checkpoint_bytes(shape: ModelShape, config: dict[str, Any]) -> int:
     """Return one checkpoint's size: the trained weights in float32 and their two moments."""
-    lora = config.get("finetuning_type", "lora") == "lora"
-    return 12 * (adapter_parameters(shape, config) if lora else shape.parameters)
+    return 12 * shape.trained_parameters(config)
 
 
 def flops_per_token(shape: ModelShape, config: dict[str, Any]) -> float:
@@ -151,9 +148,6 @@ def seconds_of_training(shape: ModelShape, config: dict[str, Any], tokens: float
 
 def card_peak(name: str) -> float | None:
     """Return a card's dense bfloat16 matrix peak in operations a second; None for a card that the table hasn't."""
-    for pattern, tflops in CARD_PEAKS.items():
-        if re.fullmatch(
-            rf"(?:NVIDIA |Tesla |GeForce |NVIDIA GeForce )*{pattern}(?:[- ](?:SXM|PCI|NVL|\d+G).*)?", name
-        ):
-            return tflops * 1e12
-    return None
+    makers, forms = r"(?:NVIDIA |Tesla |GeForce )*", r"(?:[- ](?:SXM|PCI|NVL|\d+G).*)?"
+    found = (tflops for card, tflops in CARD_PEAKS.items() if re.fullmatch(makers + card + forms, name))
+    return next((tflops * 1e12 for tflops in found), None)

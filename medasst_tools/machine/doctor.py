@@ -7,6 +7,7 @@ downloaded, and no model is loaded. How the estimates come about stands in medas
 """
 
 import argparse
+import itertools
 import json
 import platform
 import sys
@@ -18,10 +19,11 @@ from medasst_tools import provenance
 from medasst_tools.config import load
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import read_json, sha256_of
+from medasst_tools.files import read_json
+from medasst_tools.language import said, word
 from medasst_tools.machine import cost, hardware, preflight
-from medasst_tools.machine.hub import locate
-from medasst_tools.machine.preflight import Check, gib
+from medasst_tools.machine.hub import Check
+from medasst_tools.machine.preflight import gib
 
 CONFIGS_DIR = Path("factory_configs")
 LOW_DISK = 6 << 30  # what the installation takes
@@ -35,23 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print every finding."""
+    configs = load_configs(args.experiment) if args.experiment else {}
     findings = []
-    for check in all_checks(args.experiment):
+    for check in itertools.chain(check_environment(), check_experiment(configs) if configs else ()):
+        if check in findings:  # of training data and test sets, say
+            continue
         findings.append(check)
         if not args.json:
-            print(f"{check.status:7} {check.what:14} {check.line()}", flush=True)
+            print(f"{column(check.status, 7)} {column(check.what, 14)} {said(check.line())}", flush=True)
     if args.json:
         print(json.dumps([check._asdict() for check in findings], ensure_ascii=False, indent=2))
     if failed := [check.what for check in findings if check.status == "fail"]:
-        raise CheckFailed(f"{len(failed)} of {len(findings)} checks failed: {', '.join(failed)}")
+        raise CheckFailed(f"{len(failed)} of {len(findings)} checks failed: {', '.join(map(word, failed))}")
 
 
-def all_checks(experiment: str | None) -> Iterator[Check]:
-    """Yield the environment's findings, then the experiment's."""
-    configs = load_configs(experiment) if experiment else {}
-    yield from check_environment()
-    if experiment:
-        yield from check_experiment(configs)
+def column(text: str, width: int) -> str:
+    """Return one of the fixed words, filled up to a width; a Chinese character is two wide."""
+    shown = word(text)
+    return shown + " " * (width - len(shown) - sum(not letter.isascii() for letter in shown))
 
 
 def load_configs(experiment: str, configs_dir: Path = CONFIGS_DIR) -> dict[str, dict[str, Any]]:
@@ -70,12 +73,12 @@ def check_environment() -> Iterator[Check]:
     step = "`make setup PYTHON=python3.12` in a fresh .venv" if old else ""
     yield Check("fail" if old else "ok", "python", f"Python {platform.python_version()}", step)
     yield check_packages()
-    yield check_attention()
     for package, (purpose, _, _) in preflight.EXTRAS.items():
-        yield Check(
-            "ok", package, f"{package} {hardware.installed(package) or 'is not installed (optional)'}: {purpose}"
-        )
-    yield check_cuda()
+        there = hardware.installed(package) or "is not installed (optional)"
+        yield Check("ok", package, f"{package} {there}: {purpose}")
+    version, cuda = hardware.torch_build()
+    yield Check("ok", "torch", f"torch {version} is built for {f'CUDA {cuda}' if cuda else 'the CPU'}")
+    yield preflight.check_device({}, hardware.gpus())
     free = hardware.free_disk(Path())
     step = "" if free > LOW_DISK else "the installation alone takes 6 GB"
     yield Check("ok" if free > LOW_DISK else "warn", "disk", f"{gib(free)} free here", step)
@@ -87,99 +90,50 @@ def check_packages() -> Check:
         return Check("fail", "packages", f"not installed: {', '.join(missing)}", "`make setup`")
     if differing := hardware.differing_packages():
         shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
-        return Check(
-            "warn", "packages", f"other versions than constraints.txt: {shown}", "`make setup` in a fresh .venv"
-        )
+        step = "`make setup` in a fresh .venv"
+        return Check("warn", "packages", f"other versions than constraints.txt: {shown}", step)
     return Check("ok", "packages", "all installed packages are constraints.txt's versions")
-
-
-def check_attention() -> Check:
-    """Refuse transformers 5.6.0 beside flash-attn: its call fails for every Qwen2 (LlamaFactory 10610, transformers 45588)."""
-    version = hardware.installed("transformers")
-    if version == "5.6.0" and hardware.installed("flash-attn"):
-        return Check(
-            "fail",
-            "attention",
-            "transformers 5.6.0 fails with flash-attn",
-            "`make setup` installs another, or uninstall flash-attn",
-        )
-    return Check("ok", "attention", f"transformers {version}")
-
-
-def check_cuda() -> Check:
-    """Say which cards there are and whether torch can use them."""
-    (version, cuda), cards = hardware.torch_build(), hardware.gpus()
-    torch = f"torch {version} is built for {'CUDA ' + cuda if cuda else 'the CPU'}"
-    if not cards:
-        return Check("ok", "gpu", f"no NVIDIA GPU; {torch}; the demo needs none")
-    names = ", ".join(f"{card.name} {gib(card.memory)}" for card in cards) + f", driver {cards[0].driver}"
-    problem = hardware.driver_problem(cards[0].driver, cuda)
-    return Check("fail", "gpu", names, problem) if problem else Check("ok", "gpu", f"{names}; {torch}")
 
 
 # ---- an experiment --------------------------------------------------------------------------------------------------
 def check_experiment(configs: dict[str, dict[str, Any]]) -> Iterator[Check]:
     """Yield what an experiment needs and whether this machine has it."""
-    config = configs.get("train") or configs.get("predict") or configs["chat"]
-    yield from check_data(configs)
-    located = locate(config["model_name_or_path"], config.get("model_revision"))
-    if located.status == "fail" and config["model_name_or_path"].startswith("saves/"):
-        located = located._replace(
-            status="warn", detail=f"{config['model_name_or_path']} isn't made yet", step="`make train` makes it first"
+    trained = configs.get("train")
+    config = trained or configs.get("predict") or configs["chat"]
+    for one, key in ((config, "dataset"), (configs.get("predict", {}), "eval_dataset")):
+        if key in one and not one["dataset_dir"].startswith("saves/"):  # text that `medasst tiny-model` writes there
+            yield check_data(one, key)
+    for check in preflight.checks(config, configs.get("predict") if trained else None):
+        not_made = (
+            check.what == "model" and check.status == "fail" and config["model_name_or_path"].startswith("saves/")
         )
-    yield Check(located.status, "model", located.detail, located.step)
-    cards = hardware.gpus()
-    extras = (check for kind in configs.values() for check in preflight.check_extras(kind) if check.status != "ok")
-    yield from dict.fromkeys(extras)  # training, prediction and chat ask for the same
-    yield preflight.check_device(config, cards)
-    shape = preflight.shape_of(config, located)
-    for kind, words in (("train", "in training"), ("predict", "in use")):
-        if kind in configs:
-            found = preflight.check_memory(configs[kind], shape, cards)
-            yield found._replace(detail=f"{words}: {found.detail}")
-    yield preflight.check_disk(config, shape, located)
-    if config.get("do_train"):
-        yield check_days(config, shape, cards)
+        yield check._replace(status="warn") if not_made else check  # `make train` makes it first
+    if trained:
+        yield check_days(config, cost.known_shape(config["model_name_or_path"]), hardware.gpus())
 
 
-def check_data(configs: dict[str, dict[str, Any]]) -> Iterator[Check]:
-    """Yield a finding for each folder of data that the configs name."""
-    wanted: dict[Path, list[str]] = {}
-    for config in configs.values():
-        for key in ("dataset", "eval_dataset"):
-            if config.get(key):
-                wanted.setdefault(Path(config["dataset_dir"]), []).extend(provenance.dataset_names(config[key]))
-    for folder, names in wanted.items():
-        if folder.parts[:1] != ("saves",):  # plain text that `medasst tiny-model` writes beside the model
-            yield check_folder(folder, list(dict.fromkeys(names)))
-
-
-def check_folder(folder: Path, names: list[str]) -> Check:
-    """Say whether a folder has these datasets, and if it was converted here, byte for byte as its manifest says."""
+def check_data(config: dict[str, Any], key: str) -> Check:
+    """Say whether a config's data is there, and if it was converted here, byte for byte as its manifest says."""
+    folder, names = Path(config["dataset_dir"]), provenance.dataset_names(config[key])
     samples = folder == Path("data/demo")
-    step = (
-        "`make data` makes it of the bundled samples"
-        if samples
-        else "`make download`, then `make data EXPERIMENT=...`"
-    )
-    if not (folder / "dataset_info.json").is_file():
-        return Check("warn" if samples else "fail", "data", f"no {folder}/dataset_info.json yet", step)
+    step = "`make data`" if samples else "`make download`, then `make data EXPERIMENT=...`"
     try:
-        paths = provenance.dataset_files(folder, names)
+        hashes = provenance.data_hashes(config, key)
     except UserError as error:
-        return Check("fail", "data", str(error), step)
+        yet = samples and not (folder / "dataset_info.json").is_file()
+        return Check("warn" if yet else "fail", "data", str(error).partition(";")[0], step)
     manifest = read_json(folder / "manifest.json")
     if manifest is None:
+        detail = f"{folder}: {len(names)} datasets, your own: not converted here, so nothing vouches for them"
+        return Check("ok", "data", detail)
+    made = manifest["datasets"]
+    if changed := [name for name in names if made.get(name, {}).get("sha256") != hashes[name]]:
         return Check(
-            "ok", "data", f"{folder}: {len(names)} datasets, your own: not converted here, so nothing vouches for them"
+            "fail", "data", f"{folder}: {', '.join(changed)}: not what manifest.json says (cut or changed)", step
         )
-    for name, path in paths.items():
-        if manifest["datasets"].get(name, {}).get("sha256") != sha256_of(path):
-            return Check("fail", "data", f"{path} isn't what manifest.json says (missing, cut or changed)", step)
-    records = sum(manifest["datasets"][name]["kept"] for name in names)
-    return Check(
-        "ok", "data", f"{folder}: {len(names)} datasets, {records:,} records, every sha256 as the manifest says"
-    )
+    records = sum(made[name]["kept"] for name in names)
+    detail = f"{folder}: {len(names)} datasets, {records:,} records, every sha256 as the manifest says"
+    return Check("ok", "data", detail)
 
 
 def training_tokens(config: dict[str, Any]) -> tuple[float, str] | None:
@@ -204,19 +158,12 @@ def training_tokens(config: dict[str, Any]) -> tuple[float, str] | None:
 def check_days(config: dict[str, Any], shape: cost.ModelShape | None, cards: list[hardware.Gpu]) -> Check:
     """Say how long the training takes on these cards, on one A10 if there is none, as a range."""
     found = training_tokens(config)
-    if shape is None or found is None or config.get("max_steps", -1) > 0:
-        return Check("unknown", "days", "the data isn't converted yet, or the model's shape isn't known")
     peaks = [cost.card_peak(card.name) for card in cards] or [cost.card_peak("A10")]
-    known_peaks = [peak for peak in peaks if peak]
-    if len(known_peaks) < len(peaks):
-        return Check("unknown", "days", f"no peak is known of {cards[0].name}")
-    tokens = found[0] * config.get("num_train_epochs", 3.0)
-    least, most = (
-        seconds / 86400 for seconds in cost.seconds_of_training(shape, config, tokens, min(known_peaks) * len(peaks))
-    )
+    if shape is None or found is None or None in peaks or config.get("max_steps", -1) > 0:
+        return Check("unknown", "days", "the data isn't converted yet, or the model's shape or the card isn't known")
+    tokens, source = found[0] * config.get("num_train_epochs", 3.0), found[1]
+    peak = min(filter(None, peaks)) * len(peaks)
+    least, most = (seconds / 86400 for seconds in cost.seconds_of_training(shape, config, tokens, peak))
     where = f"{len(cards)} x {cards[0].name}" if cards else "one A10"
-    return Check(
-        "unknown",
-        "days",
-        f"{least:.1f} to {most:.1f} days on {where}, estimated: {tokens:,.0f} useful tokens ({found[1]})",
-    )
+    text = f"{least:.1f} to {most:.1f} days on {where}, estimated: {tokens:,.0f} useful tokens ({source})"
+    return Check("unknown", "days", text)

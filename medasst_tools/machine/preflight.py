@@ -8,12 +8,13 @@ import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from medasst_tools.errors import UserError
+from medasst_tools.language import said
 from medasst_tools.machine import cost, hardware
 from medasst_tools.machine.cost import GIB, ModelShape
-from medasst_tools.machine.hub import Located, locate
+from medasst_tools.machine.hub import Check, locate
 
 # package: (what it is for, its name in `make setup EXTRAS=`, whether a config needs it)
 EXTRAS = {
@@ -21,20 +22,7 @@ EXTRAS = {
     "bitsandbytes": ("4-bit bases (QLoRA), 8-bit optimizers", "qlora", lambda config: _needs_bitsandbytes(config)),
     "liger-kernel": ("fused kernels", "gpu", lambda config: bool(config.get("enable_liger_kernel"))),
 }
-CPU_ACCELERATOR = "cpu"
-
-
-class Check(NamedTuple):
-    """One finding. status: ok, warn, fail or unknown; a fail says the next step."""
-
-    status: str
-    what: str
-    detail: str
-    step: str = ""
-
-    def line(self) -> str:
-        """Return the finding as one line."""
-        return f"{self.detail}; {self.step}" if self.step else self.detail
+NEED_A_GPU = ("quantization_bit", "deepspeed", "bf16", "fp16", "pure_bf16", "bf16_full_eval", "fp16_full_eval")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,25 +35,25 @@ def require(config: dict[str, Any], args: argparse.Namespace | None = None) -> N
     for check in checks(config):
         if check.status == "fail" and not (args is not None and args.anyway):
             raise UserError(f"{check.line()}; --anyway goes on all the same")
-        if check.status in ("warn", "fail") or (check.status, check.what) == ("unknown", "model"):
-            print(f"warning: {check.line()}")
+        if check.status in ("warn", "fail"):
+            print(said(f"warning: {check.line()}"))
 
 
-def checks(config: dict[str, Any]) -> Iterator[Check]:
-    """Yield the findings about a train, predict, chat or export config, the cheap ones first."""
+def checks(config: dict[str, Any], in_use: dict[str, Any] | None = None) -> Iterator[Check]:
+    """Yield the findings about a train, predict, chat or export config, the cheap ones first.
+
+    in_use: the config that the trained model is then used with, for a finding about its memory too.
+    """
     yield from check_extras(config)
     cards = hardware.gpus()
     yield check_device(config, cards)
-    located = locate(config["model_name_or_path"], config.get("model_revision"))
-    yield Check(located.status, "model", located.detail, located.step)
-    shape = shape_of(config, located)
+    found, download = locate(config["model_name_or_path"], config.get("model_revision"))
+    yield found
+    shape = cost.known_shape(config["model_name_or_path"])
     yield check_memory(config, shape, cards)
-    yield check_disk(config, shape, located)
-
-
-def shape_of(config: dict[str, Any], located: Located) -> ModelShape | None:
-    """Return the base's shape: from its own config.json, else from base_models.yaml."""
-    return ModelShape.from_config(located.config) if located.config else cost.known_shape(config["model_name_or_path"])
+    if in_use:
+        yield check_memory(in_use, shape, cards)
+    yield check_disk(config, shape, download)
 
 
 def _needs_bitsandbytes(config: dict[str, Any]) -> bool:
@@ -74,39 +62,28 @@ def _needs_bitsandbytes(config: dict[str, Any]) -> bool:
 
 
 def check_extras(config: dict[str, Any]) -> Iterator[Check]:
-    """Yield a finding for each optional package that the config asks for."""
+    """Yield a finding for each optional package that the config asks for and that isn't installed."""
     for package, (purpose, extra, needed) in EXTRAS.items():
-        if needed(config):
-            version = hardware.installed(package)
+        if needed(config) and not hardware.installed(package):
             missing = f"{package} isn't installed, and this config needs it ({purpose})"
-            yield (
-                Check("ok", package, f"{package} {version}")
-                if version
-                else Check("fail", package, missing, f"`make setup EXTRAS={extra}`")
-            )
+            yield Check("fail", package, missing, f"`make setup EXTRAS={extra}`")
     if config.get("flash_attn") == "fa2" and not hardware.installed("flash-attn"):
         yield Check("warn", "flash-attn", "flash-attn isn't installed: LLaMA-Factory takes PyTorch's attention")
 
 
 def on_cpu(config: dict[str, Any]) -> bool:
     """Say whether the config, or the environment, keeps the work on the CPU."""
-    return bool(config.get("use_cpu")) or os.environ.get("ACCELERATE_TORCH_DEVICE") == CPU_ACCELERATOR
-
-
-def needs_gpu(config: dict[str, Any]) -> str | None:
-    """Return the setting for which the config can't run on a CPU, None if it can."""
-    asked = ("quantization_bit", "deepspeed", "bf16", "fp16", "pure_bf16", "bf16_full_eval", "fp16_full_eval")
-    return None if on_cpu(config) else next((key for key in asked if config.get(key)), None)
+    return bool(config.get("use_cpu")) or os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu"
 
 
 def check_device(config: dict[str, Any], cards: list[hardware.Gpu]) -> Check:
     """Say whether there is the device that the config runs on."""
-    setting = needs_gpu(config)
     if cards and not on_cpu(config):
-        if problem := hardware.driver_problem(cards[0].driver, hardware.torch_build()[1]):
+        if problem := hardware.driver_problem(cards[0].driver):
             return Check("fail", "device", f"{cards[0].name} can't be used", problem)
-        names = ", ".join(sorted({card.name for card in cards}))
+        names = ", ".join(sorted({f"{card.name} {gib(card.memory)}" for card in cards}))
         return Check("ok", "device", f"{len(cards)} x {names}, driver {cards[0].driver}")
+    setting = None if on_cpu(config) else next((key for key in NEED_A_GPU if config.get(key)), None)
     if setting is None:
         return Check("ok", "device", f"the CPU, {os.cpu_count()} cores")
     step = "run it on a machine with an NVIDIA GPU and driver; `make train EXPERIMENT=demo` needs none"
@@ -121,23 +98,20 @@ def check_memory(config: dict[str, Any], shape: ModelShape | None, cards: list[h
     need = cost.memory_bytes(shape, config) if shape else None
     if need is None:
         return Check("unknown", "memory", "judged for LoRA and QLoRA on one card only")
-    have = min(card.memory for card in cards)
-    text = f"about {gib(need)} of GPU memory needed (estimated), {gib(have)} there"
+    have, purpose = min(card.memory for card in cards), "training" if config.get("do_train") else "use"
+    text = f"about {gib(need)} of GPU memory needed in {purpose} (estimated), {gib(have)} there"
     step = "lower per_device_train_batch_size or cutoff_len, or use medasst_qlora"
     return Check("ok", "memory", text) if need <= have else Check("warn", "memory", text, step)
 
 
-def check_disk(config: dict[str, Any], shape: ModelShape | None, located: Located) -> Check:
+def check_disk(config: dict[str, Any], shape: ModelShape | None, download: bool) -> Check:
     """Compare what the run writes with the free space where it writes it."""
     if shape is None:
         return Check("unknown", "disk", "the model's shape isn't known, so neither is what it writes")
-    place, need = Path(str(config.get("output_dir") or config.get("export_dir") or ".")), 0.0
+    place = Path(str(config.get("output_dir") or config.get("export_dir") or "."))
+    need = 2.0 * shape.parameters * (bool(config.get("export_dir")) + download)
     if config.get("do_train"):
         need += ((config.get("save_total_limit") or 2) + 1.5) * cost.checkpoint_bytes(shape, config)
-    if config.get("export_dir"):
-        need += 2.0 * shape.parameters
-    if located.download:
-        need += 2.0 * shape.parameters
     have = hardware.free_disk(place)
     text = f"about {gib(need)} to write, {gib(have)} free at {place}"
     step = "make room, or set HF_HOME, MODELSCOPE_CACHE or output_dir to another disk"

@@ -25,33 +25,21 @@ def listen(host_variable: str, port_variable: str, port: int, secret: str) -> so
     """
     host = (os.environ.get(host_variable) or LOCAL_HOSTS[0]).strip("[]")
     port = number(port_variable, port, 0, 65535)
-    if not is_loopback(host) and not os.environ.get(secret):
-        raise UserError(
-            f"{host_variable} is {host!r}: other machines could use the model; set {secret}, or leave it at 127.0.0.1"
-        )
     listener = None
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if not (ipaddress.ip_address(address[0]).is_loopback or os.environ.get(secret)):
+            others = f"{host_variable} is {host!r}: other machines could use the model"
+            raise UserError(f"{others}; set {secret}, or leave it at 127.0.0.1")
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         if listener:
             listener.close()
-        raise UserError(
-            f"cannot serve on {host}:{port} ({error.strerror}); set {port_variable} to a free port"
-        ) from None
+        why = f"cannot serve on {host}:{port} ({error.strerror})"
+        raise UserError(f"{why}; set {port_variable} to a free port") from None
     return listener
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether only this machine can reach the host."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def url(listener: socket.socket) -> str:

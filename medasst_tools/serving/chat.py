@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from medasst_tools import console, provenance
 from medasst_tools.config import load
@@ -65,15 +65,8 @@ new MutationObserver(() => {{
 }}).observe(document, {{subtree: true, attributeFilter: ["placeholder"]}});
 </script>
 """
+Address = tuple[str, int, tuple[str, str] | None]  # host, port, (user, password) where the page has them
 FONTS = ["system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
-
-
-class Address(NamedTuple):
-    """Where the page is served, and who may see it; None: everybody on this machine."""
-
-    host: str
-    port: int
-    auth: tuple[str, str] | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Chat until interrupted."""
     config = load(args.chat_config, args.overrides, "chat")
-    address = None if args.terminal else read_address()
+    address = None if args.terminal else read_address()  # before the model is loaded
     trained = provenance.check_model(config, args.chat_config)
     preflight.require(config, args)
     if address is None:
@@ -117,7 +110,7 @@ def read_address() -> Address:
         auth = user, password
     # gradio would say that it can't serve there only after the model is loaded
     with listen("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", 7860, "CHAT_AUTH") as listener:
-        return Address(*listener.getsockname()[:2], auth)
+        return *listener.getsockname()[:2], auth
 
 
 def chat_in_terminal() -> None:
@@ -142,17 +135,10 @@ def serve_page(address: Address, config: dict[str, Any], about: str | None) -> N
         fix_proxy()  # gradio asks its own page whether it is up, and must not ask through a proxy
         ask_no_other_host()
         page = build_page(ChatModel(config).engine, about)
-        page.queue().launch(
-            server_name=address.host,
-            server_port=address.port,
-            auth=address.auth,
-            share=False,
-            show_api=False,
-            inbrowser=False,
-            prevent_thread_lock=True,
-            quiet=True,
-        )
-        print(f"{NOTICE_ZH}\n{NOTICE_EN}\n{TITLE}: http://{address.host}:{address.port}", file=terminal, flush=True)
+        host, port, auth = address
+        quietly = {"share": False, "show_api": False, "inbrowser": False, "quiet": True}
+        page.queue().launch(server_name=host, server_port=port, auth=auth, prevent_thread_lock=True, **quietly)
+        print(f"{NOTICE_ZH}\n{NOTICE_EN}\n{TITLE}: http://{host}:{port}", file=terminal, flush=True)
         page.block_thread()
 
 
@@ -185,6 +171,7 @@ def build_page(engine: Any, about: str | None = None) -> Any:
 
     theme = gr.themes.Soft(font=FONTS, font_mono=["monospace"])
     options = {"css": CSS, "theme": theme, "head": SCRIPT}
+    labels = {"show_label": False, "submit_btn": "发送", "stop_btn": "停止"}
     with gr.Blocks(title=TITLE, fill_height=True, analytics_enabled=False, **options) as page:
         english = f'<span class="english">{NOTICE_EN}</span>'
         gr.HTML(f"<b>{TITLE}</b>　{NOTICE_ZH} {english}", elem_id="notice")
@@ -194,15 +181,7 @@ def build_page(engine: Any, about: str | None = None) -> Any:
             answer,
             type="messages",
             chatbot=text_chatbot(),
-            textbox=gr.Textbox(
-                placeholder=PLACEHOLDER,
-                show_label=False,
-                max_lines=6,
-                max_length=4000,
-                autofocus=True,
-                submit_btn="发送",
-                stop_btn="停止",
-            ),
+            textbox=gr.Textbox(placeholder=PLACEHOLDER, max_lines=6, max_length=4000, autofocus=True, **labels),
             examples=[[example] for example in EXAMPLES],
             cache_examples=False,
             additional_inputs=_sliders(engine) if about else None,

@@ -9,7 +9,6 @@ export.json, written last, says what the model was made of: the same again merge
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,14 +18,14 @@ from medasst_tools import console, provenance
 from medasst_tools.config import load, read_yaml
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import PROJECT_ROOT, open_permissions, read_json, write_json, write_text
-from medasst_tools.machine import hardware, preflight
+from medasst_tools.files import open_permissions, read_json, write_json, write_text
+from medasst_tools.machine import hardware, hub, preflight
+from medasst_tools.machine.cost import BASE_MODELS
 from medasst_tools.render import template_environment
 from medasst_tools.serving.exported_prompts import correct_prompts
 from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH
 from medasst_tools.training.checkpoints import weights_fault
 
-BASES = PROJECT_ROOT / "dataset_info" / "base_models.yaml"
 DONE = "export.json"
 RELEASED = ("config.json", "generation_config.json", "chat_template.jinja", *provenance.TOKENIZER_FILES)
 PROMPT_KEYS = ("template", "default_system", "enable_thinking")
@@ -109,20 +108,11 @@ def merge(config: dict[str, Any]) -> list[str]:
         raise UserError(f"LLaMA-Factory wrote no safetensors into {folder}; is export_legacy_format set?")
     if fault := weights_fault(folder):
         raise CheckFailed(f"the merged weights: {fault}; is the base whole? Not exported")
-    put_back_released_files(folder, base_folder(config["model_name_or_path"]))
+    base = Path(config["model_name_or_path"])
+    put_back_released_files(
+        folder, base if base.is_dir() else hub.cached_folder(str(base), config.get("model_revision"))
+    )
     return correct_prompts(folder, {key: config[key] for key in PROMPT_KEYS if key in config})
-
-
-def base_folder(base: str) -> Path:
-    """Return the folder with the base's files: its own, or where its hub's client keeps it after the merge."""
-    if Path(base).is_dir():
-        return Path(base)
-    from llamafactory.extras.misc import try_download_model_from_other_hub
-    from llamafactory.hparams import ModelArguments
-    from transformers.utils import cached_file
-
-    local = try_download_model_from_other_hub(ModelArguments(model_name_or_path=base))
-    return Path(local) if Path(local).is_dir() else Path(cached_file(base, "config.json")).parent
 
 
 def put_back_released_files(folder: Path, base: Path) -> None:
@@ -130,25 +120,23 @@ def put_back_released_files(folder: Path, base: Path) -> None:
 
     CheckFailed if the merged weights aren't the released config's: a vocabulary that the training made larger.
     """
-    merged = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    merged = read_json(folder / "config.json") or {}
     for pattern in RELEASED:
         for path in folder.glob(pattern):
             path.unlink()
         for path in filter(Path.is_file, base.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
-    released = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    released = read_json(folder / "config.json") or {}
     if released.get("vocab_size") != merged.get("vocab_size"):
         sizes = f"{released.get('vocab_size')} to {merged.get('vocab_size')}"
         raise CheckFailed(f"the training changed the vocabulary from {sizes}, which its base's config doesn't fit")
-    for_older_readers = {
-        "config.json": lambda config: with_older_names(config, merged.get("dtype")),
-        "tokenizer_config.json": tokenizer_for_older_readers,
-    }
-    for name, mend in for_older_readers.items():
-        if (folder / name).is_file():
-            before = json.loads((folder / name).read_text(encoding="utf-8"))
-            if (after := mend(before)) != before:
-                write_json(folder / name, after)
+    tokenizer = read_json(folder / "tokenizer_config.json") or {}
+    for name, before, after in (
+        ("config.json", released, with_older_names(released, merged.get("dtype"))),
+        ("tokenizer_config.json", tokenizer, tokenizer_for_older_readers(tokenizer)),
+    ):
+        if after != before:  # else it stays the base's own, byte by byte
+            write_json(folder / name, after)
 
 
 def with_older_names(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -210,7 +198,7 @@ def gather_facts(
 def base_facts(base: str) -> dict[str, Any]:
     """Return the base's licence and page as dataset_info/base_models.yaml has them; None where it doesn't know the base."""
     unknown = {"licence": None, "licence_id": None, "homepage": None}
-    return next((entry for entry in read_yaml(BASES) if base in entry["ids"]), unknown)
+    return next((entry for entry in read_yaml(BASE_MODELS) if base in entry["ids"]), unknown)
 
 
 def data_rows(experiment: str, names: str) -> list[dict[str, Any]]:

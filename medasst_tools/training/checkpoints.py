@@ -15,6 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from medasst_tools.language import said
+
 NAME = re.compile(r"checkpoint-(\d+)")  # any other folder is the user's own
 STATE, LOG = "trainer_state.json", "trainer_log.jsonl"
 # what only a resumed training needs: the rest of a checkpoint is what LLaMA-Factory writes as the finished model
@@ -35,10 +37,11 @@ def whole_steps(output_dir: Path, processes: int | None = None) -> list[int]:
     for step, folder in numbered(output_dir):
         fault = weights_fault(folder)
         if fault:
-            print(f"warning: {folder} is damaged and skipped: {fault}; removed")
+            print(said(f"warning: {folder} is damaged and skipped: {fault}; removed"))
             shutil.rmtree(folder, ignore_errors=True)
         elif fault := _state_fault(folder) or _missing_part(folder, processes) or _torch_fault(folder):
-            print(f"warning: {folder} is skipped: {fault}; its weights are whole and kept in {move_aside(folder)}")
+            kept = move_aside(folder)
+            print(said(f"warning: {folder} is skipped: {fault}; its weights are whole and kept in {kept}"))
         else:
             steps.append(step)
     return steps
@@ -48,14 +51,10 @@ def move_aside(folder: Path) -> Path:
     """Move a folder under saves/ (or wherever its run lies) to `previous/` there, under a name of its own; return the new place."""
     run = folder.parent if NAME.fullmatch(folder.name) else folder
     name = run.name if run == folder else f"{run.name}-{folder.name}"
-    target = run.parent / "previous" / name
-    for number in range(2, 1_000_000):
-        if not target.exists():
-            break
-        target = run.parent / "previous" / f"{name}-{number}"
+    places = (run.parent / "previous" / (name + suffix) for suffix in ("", *(f"-{n}" for n in range(2, 1_000_000))))
+    target = next(place for place in places if not place.exists())
     target.parent.mkdir(exist_ok=True)
-    folder.rename(target)
-    return target
+    return folder.rename(target)
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------

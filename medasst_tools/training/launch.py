@@ -19,8 +19,8 @@ from medasst_tools.errors import UserError
 from medasst_tools.machine import hardware
 
 PATIENCE = 600  # seconds that machines wait for each other, torchrun's own default
-# each with its least value
-NUMBERS = {"NNODES": 1, "NODE_RANK": 0, "NPROC_PER_NODE": 1, "MASTER_PORT": 1, "MIN_NNODES": 1, "MAX_NNODES": 1, "MAX_RESTARTS": 0}  # fmt: skip
+NUMBERS = ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_PORT", "MIN_NNODES", "MAX_NNODES", "MAX_RESTARTS")
+MAY_BE_ZERO = ("NODE_RANK", "MAX_RESTARTS")
 OLD_NAMES = {"RANK": "NODE_RANK", "WORLD_SIZE": "NNODES", "NODES": "NNODES"}
 
 
@@ -32,73 +32,62 @@ class Launch(NamedTuple):
     processes: int | None = 1
     address: tuple[str, int] | None = None
     environment: dict[str, str] = {}  # noqa: RUF012  # never changed
-    overrides: tuple[str, ...] = ()
+    settings: dict[str, Any] = {}  # noqa: RUF012
 
 
 def read_launch(variables: Mapping[str, str], config: dict[str, Any]) -> Launch:
     """Return the launch that the environment describes; UserError names what is wrong with it."""
-    names = (*NUMBERS, "MASTER_ADDR", "RDZV_ID")
-    given = {key: variables[key].strip() for key in names if variables.get(key, "").strip()}
-    numbers = {key: _number(key, given[key], least) for key, least in NUMBERS.items() if key in given}
-    elastic, on_cpu, cards = "RDZV_ID" in given, bool(config.get("use_cpu")), len(hardware.gpus())
-    nodes, rank = numbers.get("NNODES", 1), numbers.get("NODE_RANK", 0)
-    if problem := what_would_hang(variables, given, numbers):
-        raise UserError(problem)
-    many = max(nodes, numbers.get("MAX_NNODES", 1), numbers.get("NPROC_PER_NODE", 1)) > 1
-    if not (many or elastic or config.get("deepspeed")):
-        if on_cpu or "NPROC_PER_NODE" in given:  # LLaMA-Factory would start a process for each card that it sees
-            visible = "" if on_cpu else hardware.visible_gpus()[0] if cards else ""
-            return Launch(environment={"CUDA_VISIBLE_DEVICES": visible})
-        return Launch(processes=max(1, cards))
-    if "NPROC_PER_NODE" not in given and (on_cpu or cards == 0):
+    given = {key: text.strip() for key, text in variables.items() if text.strip()}
+    numbers = {key: _number(key, given[key]) for key in NUMBERS if key in given}
+    elastic, on_cpu, cards = "RDZV_ID" in given, bool(config.get("use_cpu")), hardware.visible_gpus()
+    nodes, rank, per_node = (numbers.get(key, 0) for key in ("NNODES", "NODE_RANK", "NPROC_PER_NODE"))
+    most = max(1, nodes, numbers.get("MAX_NNODES", 1))
+    check_what_would_hang(given, most, rank)
+    if not (most > 1 or per_node > 1 or elastic or config.get("deepspeed")):
+        if on_cpu or per_node:  # LLaMA-Factory would start a process for each card that it sees
+            return Launch(environment={"CUDA_VISIBLE_DEVICES": "" if on_cpu else ",".join(cards[:1])})
+        return Launch(processes=max(1, len(cards)))
+    if not per_node and (on_cpu or not cards):
         raise UserError("NPROC_PER_NODE isn't set, and without GPUs to count it must say how many processes to start")
-    per_node = numbers.get("NPROC_PER_NODE", cards)
-    environment, overrides = {"FORCE_TORCHRUN": "1"}, ()
+    nodes, per_node = nodes or 1, per_node or len(cards)
+    environment, settings = {"FORCE_TORCHRUN": "1"}, {}
     if on_cpu:  # else each process takes all cores, and a checkpoint can't be loaded on `cpu:0`
         environment |= {"ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": variables.get("OMP_NUM_THREADS", "1")}
     if elastic:  # else the workers of a restart meet the old ones' store, and hang
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        overrides = ("ddp_timeout=90",) if on_cpu and "ddp_timeout" not in config else ()
+        settings = {"ddp_timeout": 90} if on_cpu and "ddp_timeout" not in config else {}
     records = config.get("per_device_train_batch_size", 8) * config.get("gradient_accumulation_steps", 1)
-    print(
-        f"node {rank} of {nodes}, {per_node} process(es) each; a step takes {records * nodes * per_node} records in all"
-    )
+    step = f"a step takes {records * nodes * per_node} records in all"
+    print(f"node {rank} of {nodes}, {per_node} process(es) each; {step}")
     address = (given["MASTER_ADDR"], numbers["MASTER_PORT"]) if nodes > 1 and not elastic else None
     processes = None if "MIN_NNODES" in given else nodes * per_node
-    return Launch(nodes, rank, processes, address, environment, overrides)
+    return Launch(nodes, rank, processes, address, environment, settings)
 
 
-def _number(key: str, text: str, least: int) -> int:
+def _number(key: str, text: str) -> int:
+    least = 0 if key in MAY_BE_ZERO else 1
     if not text.isdecimal() or int(text) < least:
         raise UserError(f"{key} is {text!r}, must be a whole number, {least} or more")
     return int(text)
 
 
-def what_would_hang(variables: Mapping[str, str], given: dict[str, str], numbers: dict[str, int]) -> str | None:
-    """Return what is wrong with a launch's variables, None if nothing is."""
+def check_what_would_hang(given: Mapping[str, str], most: int, rank: int) -> None:
+    """Raise UserError with what is wrong with the variables of a launch on up to `most` nodes; the rest torchrun names."""
     for old, new in OLD_NAMES.items():
-        if variables.get(old) and new not in given:
-            return f"{old}={variables[old]} is an old launcher's name that LLaMA-Factory doesn't read: say {new}={variables[old]}, or unset {old}"
-    nodes, rank = numbers.get("NNODES", 1), numbers.get("NODE_RANK", 0)
-    most = max(nodes, numbers.get("MAX_NNODES", nodes))
-    lost = [key for key in ("MIN_NNODES", "MAX_NNODES", "MAX_RESTARTS") if key in given]
-    if lost and "RDZV_ID" not in given:
-        return f"{lost[0]}={given[lost[0]]} without RDZV_ID has no effect; set RDZV_ID to the same word everywhere"
-    if ("MIN_NNODES" in given) != ("MAX_NNODES" in given) or numbers.get("MIN_NNODES", 1) > most:
-        return f"MIN_NNODES={given.get('MIN_NNODES')} and MAX_NNODES={given.get('MAX_NNODES')} must be given together, the first not above the second"
-    if len(given.get("RDZV_ID", "").split()) > 1:
-        return f"RDZV_ID is {given['RDZV_ID']!r}, must be one word"
+        if old in given and new not in given:
+            instead = f"say {new}={given[old]}, or unset {old}"
+            raise UserError(f"{old}={given[old]} is an old launcher's name that LLaMA-Factory doesn't read: {instead}")
     if rank >= most:
-        return f"NODE_RANK is {rank}, but there are {most} nodes: they are numbered from 0 to {most - 1}"
+        raise UserError(f"NODE_RANK is {rank}, but there are {most} nodes: they are numbered from 0 to {most - 1}")
     missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in given]
     if most > 1 and missing:
-        return f"{most} nodes need {' and '.join(missing)}: the address of node 0 and a free port of it, the same on every node"
-    return None
+        where = "the address of node 0 and a free port of it, the same on every node"
+        raise UserError(f"{most} nodes need {' and '.join(missing)}: {where}")
 
 
 def child_environment(variables: Mapping[str, str], launch: Launch) -> dict[str, str]:
     """Return the environment of llamafactory-cli, which reads an empty variable as a wrong number and starts `torchrun` by name."""
-    kept = {key: value for key, value in variables.items() if key not in (*NUMBERS, "RDZV_ID") or value.strip()}
+    kept = {key: text for key, text in variables.items() if key not in (*NUMBERS, "RDZV_ID") or text.strip()}
     path = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), kept.get("PATH")]))
     return kept | {"PATH": path} | launch.environment
 
@@ -141,19 +130,12 @@ def agree_on_step(launch: Launch, steps_here: Callable[[], list[int]], patience:
 
 
 @contextmanager
-def launchable(config_path: Path, overrides: list[str], config: dict[str, Any], torchrun: bool) -> Iterator[list[str]]:
-    """Yield the arguments of `llamafactory-cli train`; LLaMA-Factory's torchrun command line can't hold a space, so then
-    the whole config is written to a file whose name has none."""
+def written(config: dict[str, Any]) -> Iterator[str]:
+    """Yield the path of a file with the whole config, without a space: LLaMA-Factory's torchrun command line can't hold one."""
     import yaml
 
-    words = [str(config_path), *overrides]
-    if not torchrun or not any(word.split() != [word] for word in words):
-        yield words
-        return
-    if " " in sys.prefix:
-        raise UserError(f"torchrun can't start from {sys.prefix}, whose name has a space; move the project")
     folder = "/tmp" if " " in tempfile.gettempdir() else None
     with tempfile.NamedTemporaryFile("w", prefix="medasst-", suffix=".yaml", dir=folder, encoding="utf-8") as file:
         yaml.safe_dump(config, file, allow_unicode=True)
         file.flush()
-        yield [file.name]
+        yield file.name

@@ -92,32 +92,29 @@ def build_tiny_model(
 
     disable_progress_bar()  # one file of a few megabytes
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        tokenizer = train_tokenizer(documents, vocab_size)
-        torch.manual_seed(seed)
-        config = Qwen2Config(
-            vocab_size=-(-len(tokenizer) // 64) * 64,  # rounded up as Qwen2's own is
-            hidden_size=hidden_size,
-            intermediate_size=4 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,  # grouped-query attention, as in Qwen2-7B
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-            initializer_range=hidden_size**-0.5,  # Qwen2's 0.02 is for widths in the thousands; this learns in minutes
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    tokenizer = train_tokenizer(documents, vocab_size)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 64) * 64,  # rounded up as Qwen2's own is
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,  # grouped-query attention, as in Qwen2-7B
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=hidden_size**-0.5,  # Qwen2's 0.02 is for widths in the thousands; this learns in minutes
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        work = Path(folder, out.name)
         Qwen2ForCausalLM(config).save_pretrained(work)
         tokenizer.save_pretrained(work)
         _write_text_dataset(documents, work, seed)
-        work.chmod(0o755)  # mkdtemp's folder is for its owner only
         shutil.rmtree(out, ignore_errors=True)
         work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def train_tokenizer(documents: list[str], vocab_size: int):

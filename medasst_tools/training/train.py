@@ -13,19 +13,20 @@ import argparse
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from medasst_tools import console, provenance
+import psutil
+
+from medasst_tools import chain, console, provenance
 from medasst_tools.config import load
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import locked, open_permissions, read_json, write_json
 from medasst_tools.machine import hardware, preflight
 from medasst_tools.provenance import RUN, STARTED
 from medasst_tools.training import checkpoints
-from medasst_tools.training.launch import Launch, agree_on_step, child_environment, launchable, read_launch
+from medasst_tools.training.launch import Launch, agree_on_step, child_environment, read_launch, written
 
 LOCK_PATIENCE = 5.0  # seconds: one that was just killed takes a moment to end
 PAIRED_STAGES = ("dpo", "rm")
@@ -35,18 +36,14 @@ LOOK_EVERY = 1.0  # seconds between looks at the log, for a loss that is no numb
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("config", type=Path, help="factory_configs/<experiment>/train.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for llamafactory-cli, over what the file says"
-    )
-    parser.add_argument("--restart", action="store_true", help="move what is there to saves/previous/ and train anew")
-    parser.add_argument(
-        "--restart-if-other", action="store_true", help="the same, only if it was made of something else"
-    )
-    parser.add_argument(
-        "--more-samples-will-do",
-        action="store_true",
-        help="leave a finished training as it is if only max_samples differs: a smoke test of what comes after",
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for llamafactory-cli, over the file's")
+    smoke = "leave a finished training as it is if only max_samples differs: a smoke test of what comes after"
+    for option, text in (
+        ("--restart", "move what is there to saves/previous/ and train anew"),
+        ("--restart-if-other", "the same, only if it was made of something else"),
+        ("--more-samples-will-do", smoke),
+    ):
+        parser.add_argument(option, action="store_true", help=text)
     preflight.add_arguments(parser)
 
 
@@ -72,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     if launch.rank and not config.get("save_on_each_node"):  # node 0 prepares the folder that they share, and writes
         step = agree_on_step(launch, lambda: checkpoints.whole_steps(output_dir))
         if step is None or not checkpoints.is_last_step(output_dir / f"checkpoint-{step}"):
-            launch_training(args, config, launch)
+            launch_training(config, launch)
         return
     lock = output_dir.parent / f".{output_dir.name}.lock"  # beside the folder, which may be moved
     busy = f"{output_dir} is being trained by another process; wait for it, or end it first"
@@ -80,29 +77,24 @@ def run(args: argparse.Namespace) -> None:
         if restart and output_dir.exists():
             check_with_llamafactory(config)
             print(f"{output_dir}: moved to {checkpoints.move_aside(output_dir)}")
-        train(args, config, launch, about, held)
+        train(config, launch, about, held)
 
 
 def made_of(config: dict[str, Any]) -> dict[str, Any]:
     """Return what the run's outcome depends on: settings, sha256 of each dataset, identity of the base."""
-    keys = (
-        "model_name_or_path",
-        "adapter_name_or_path",
-    )  # an adapter that it goes on with, or after: DPO on a finished SFT
-    base = provenance.model_identity({key: config.get(key) for key in keys})
+    base = provenance.model_identity(config)  # with the adapter that it goes on with, or after: DPO on a finished SFT
     return provenance.made_of(provenance.settings_that_matter(config), provenance.data_hashes(config, "dataset"), base)
 
 
 def check_stage(config: dict[str, Any]) -> None:
     """Raise UserError for pairs in another stage than dpo or rm, and for the reverse: LLaMA-Factory says so after its start."""
-    info = read_json(Path(config["dataset_dir"]) / "dataset_info.json") or {}
+    info, stage = read_json(Path(config["dataset_dir"]) / "dataset_info.json") or {}, config.get("stage", "sft")
     for name in provenance.dataset_names(config["dataset"]):
         pairs = bool(info.get(name, {}).get("ranking"))
-        if pairs != (config.get("stage", "sft") in PAIRED_STAGES):
-            raise UserError(
-                f"stage is {config.get('stage', 'sft')}, but {name} holds {'pairs of answers' if pairs else 'single answers'}; "
-                f"stages {' and '.join(PAIRED_STAGES)} train on pairs (layout preference), the others don't"
-            )
+        if pairs != (stage in PAIRED_STAGES):
+            holds = "pairs of answers" if pairs else "single answers"
+            only = f"stages {' and '.join(PAIRED_STAGES)} train on pairs (layout preference), the others don't"
+            raise UserError(f"stage is {stage}, but {name} holds {holds}; {only}")
 
 
 def what_is_against(output_dir: Path, about: dict[str, Any], launch: Launch) -> list[str]:
@@ -143,7 +135,7 @@ def refusal(output_dir: Path, different: list[str], args: argparse.Namespace) ->
     )
 
 
-def train(args: argparse.Namespace, config: dict[str, Any], launch: Launch, about: dict[str, Any], lock: int) -> None:
+def train(config: dict[str, Any], launch: Launch, about: dict[str, Any], lock: int) -> None:
     """Bring the run in `output_dir` to its end, and write run.json."""
     output_dir = Path(config["output_dir"])
     # of several machines with a folder each, none holds the random states of all processes
@@ -155,7 +147,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], launch: Launch, abou
         print(f"{output_dir}: the last step was done, the kill took only the saving: finished from {last.name}")
         checkpoints.finish_from(last, output_dir)
     else:
-        launch_training(args, config, launch, lock)
+        launch_training(config, launch, lock)
     run = complete(output_dir, config, note)
     write_json(output_dir / RUN, run)
     (output_dir / STARTED).unlink(missing_ok=True)
@@ -205,15 +197,6 @@ def complete(output_dir: Path, config: dict[str, Any], note: dict[str, Any]) -> 
     )
 
 
-def check_status(status: int, log: Path) -> None:
-    """Raise CheckFailed with the end of the log if the training ended with an error."""
-    if status != 0:
-        raise CheckFailed(
-            f"llamafactory-cli train ended with status {status}; the same command goes on from the last checkpoint; "
-            + console.end_of(log)
-        )
-
-
 def check_with_llamafactory(config: dict[str, Any]) -> None:
     """Let LLaMA-Factory's own parser read the config, which takes seconds, before anything is moved; UserError if it won't."""
     from llamafactory.hparams import get_train_args
@@ -224,30 +207,23 @@ def check_with_llamafactory(config: dict[str, Any]) -> None:
         raise UserError(f"LLaMA-Factory refuses this config: {' '.join(str(error).split())[:300]}") from None
 
 
-def launch_training(args: argparse.Namespace, config: dict[str, Any], launch: Launch, lock: int | None = None) -> None:
+def launch_training(config: dict[str, Any], launch: Launch, lock: int | None = None) -> None:
     """Run `llamafactory-cli train`, its output in `train.log` beside the model; CheckFailed if it fails.
 
     It ends with this process, and when its loss is no number.
     """
-    # LLaMA-Factory logs a NaN as 0 unless told otherwise
-    overrides = [*args.overrides, *launch.overrides, "logging_nan_inf_filter=false"]
-    if "include_num_input_tokens_seen" not in config:
-        # a packed batch is full, and its mask numbers the examples
-        overrides.append(f"include_num_input_tokens_seen={'all' if config.get('neat_packing') else 'non_padding'}")
-    config = load(args.config, overrides)
     output_dir = Path(config["output_dir"])
     log = output_dir / (f"train-{launch.rank}.log" if launch.rank else "train.log")
-    with (
-        launchable(args.config, overrides, config, torchrun="FORCE_TORCHRUN" in launch.environment) as words,
-        console.log_of_child(log) as output,
-    ):
-        command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", *words]
-        held = () if lock is None else (lock,)
+    with written(as_launched(config, launch)) as path, console.log_of_child(log) as output:
+        command = ["llamafactory-cli", "train", path]
         environment = child_environment(os.environ, launch)
-        child = subprocess.Popen(command, env=environment, pass_fds=held, stdout=output, stderr=output)
+        fork = chain.preloaded() and "FORCE_TORCHRUN" not in launch.environment
+        child = fork_with(command, environment, output) if fork else start(command, environment, output, lock)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
-            check_status(_wait(child, output_dir), log)
+            if status := _wait(child, output_dir):
+                ended = f"llamafactory-cli train ended with status {status}; the same command goes on from the last checkpoint"
+                raise CheckFailed(f"{ended}; {console.end_of(log)}")
         except BaseException:
             _end_with_children(child)
             raise
@@ -255,12 +231,48 @@ def launch_training(args: argparse.Namespace, config: dict[str, Any], launch: La
             signal.signal(signal.SIGTERM, before)
 
 
-def _wait(child: subprocess.Popen, output_dir: Path) -> int:
+def as_launched(config: dict[str, Any], launch: Launch) -> dict[str, Any]:
+    """Return the config as llamafactory-cli gets it: with the tokens counted, and NaN logged as such, not as 0."""
+    # a packed batch is full, and its mask numbers the examples
+    tokens = "all" if config.get("neat_packing") else "non_padding"
+    return {"include_num_input_tokens_seen": tokens} | config | launch.settings | {"logging_nan_inf_filter": False}
+
+
+def start(command: list[str], environment: dict[str, str], output: int | None, lock: int | None) -> psutil.Process:
+    """Start the command, which stands beside this Python, with the lock's descriptor."""
+    program, *words = command
+    words = [str(Path(sys.executable).with_name(program)), *words]
+    held = () if lock is None else (lock,)
+    return psutil.Popen(words, env=environment, pass_fds=held, stdout=output, stderr=output)
+
+
+def fork_with(command: list[str], environment: dict[str, str], output: int | None) -> psutil.Process:
+    """Start the command in a fork of this process, which has imported what it needs, and holds the lock."""
+
+    def run_command() -> None:
+        from llamafactory.cli import main
+
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if output is not None:
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = command
+        main()
+
+    child = chain.FORK.Process(target=run_command)
+    child.start()
+    assert child.pid
+    return psutil.Process(child.pid)
+
+
+def _wait(child: psutil.Process, output_dir: Path) -> int:
     """Show how far the child is and return its status; a training whose loss is no number is ended, with CheckFailed."""
     seen, status = len(checkpoints.read_log(output_dir)), None
     with console.bar(sys.stderr, desc=f"train {output_dir.name}", unit="step") as bar:
         while status is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(psutil.TimeoutExpired):
                 status = child.wait(LOOK_EVERY)
             rows = checkpoints.read_log(output_dir)[seen:]
             if rows:
@@ -274,18 +286,13 @@ def _wait(child: subprocess.Popen, output_dir: Path) -> int:
     return status
 
 
-def _end_with_children(child: subprocess.Popen) -> None:
-    import psutil
-
+def _end_with_children(child: psutil.Process) -> None:
     try:
-        processes = [*psutil.Process(child.pid).children(recursive=True), psutil.Process(child.pid)]
+        processes = [*child.children(recursive=True), child]
     except psutil.NoSuchProcess:
         return
     for signal_of in (psutil.Process.terminate, psutil.Process.kill):
         for process in processes:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 signal_of(process)
-            except psutil.NoSuchProcess:
-                continue
         _, processes = psutil.wait_procs(processes, timeout=10)
-    child.wait()

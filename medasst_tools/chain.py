@@ -1,0 +1,87 @@
+"""Verbs one after the other: `medasst train A/train.yaml then predict A/predict.yaml then exam ...`, until one fails.
+
+Each runs in a forked process of its own, which leaves nothing behind. What they all import, torch and LLaMA-Factory, takes
+longer than the demo's exams; so without a GPU it is imported once, before they are forked. With one it isn't: importing
+LLaMA-Factory touches the GPU, which a fork doesn't survive, and beside hours of work it is no matter.
+"""
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+from medasst_tools import console
+from medasst_tools.config import read_yaml
+from medasst_tools.machine import hardware
+
+FORK = multiprocessing.get_context("fork")
+TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
+HEAVY = "llamafactory.train.tuner"  # what `llamafactory-cli train` imports, and prediction and exams need
+# {verb: what it leaves when it is done}, of those that need it
+RECORDS: dict[str, Callable[[argparse.Namespace], Path]] = {
+    "tiny-model": lambda args: args.out / "tiny_model.json",
+    "train": lambda args: Path(read_yaml(args.config)["output_dir"], "run.json"),
+    "predict": lambda args: Path(read_yaml(args.config)["output_dir"], "predictions.json"),
+    "exam": lambda args: args.out / "exam.json",
+    "safety": lambda args: args.out / "safety.json",
+}
+
+
+def split(words: list[str], mark: str) -> Iterator[list[str]]:
+    """Yield the words between the marks."""
+    yield from (list(group) for is_mark, group in groupby(words, lambda word: word == mark) if not is_mark)
+
+
+def run(verbs: list[argparse.Namespace], run_verb: Callable[[argparse.Namespace], int]) -> int:
+    """Run the verbs until one fails, and return its exit status, else 0."""
+    if sum(is_to_do(args) for args in verbs) > 1 and not hardware.gpus():
+        preload()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        for args in verbs:
+            if status := run_forked(args, run_verb):
+                return status
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def run_forked(args: argparse.Namespace, run_verb: Callable[[argparse.Namespace], int]) -> int:
+    """Run a verb in a fork of this process, which ends with it, and return its exit status."""
+    child = FORK.Process(target=lambda: sys.exit(run_verb(args)))
+    child.start()
+    try:
+        child.join()
+    except KeyboardInterrupt:  # the child has it too, and says so; its status may be lost
+        child.join()
+        return INTERRUPTED
+    except SystemExit:
+        child.terminate()
+        child.join()
+        raise
+    status = child.exitcode or 0
+    return status if status >= 0 else 128 - status
+
+
+def is_to_do(args: argparse.Namespace) -> bool:
+    """Say whether a verb has never been done that needs LLaMA-Factory. One that is done and stale imports it by itself."""
+    try:
+        return args.verb in RECORDS and not RECORDS[args.verb](args).is_file()
+    except Exception:  # a config that can't be read: the verb itself says what is wrong, when it is its turn
+        return False
+
+
+def preload() -> None:
+    """Import LLaMA-Factory for all processes that are forked from here; no thread has worked by then."""
+    with console.logged(Path(os.devnull)):
+        importlib.import_module(HEAVY)
+
+
+def preloaded() -> bool:
+    """Say whether a forked process has LLaMA-Factory already."""
+    return HEAVY in sys.modules

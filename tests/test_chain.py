@@ -1,0 +1,114 @@
+"""Several verbs in one call: one after the other, each in a process of its own, until one fails; LLaMA-Factory imported once."""
+
+import argparse
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from medasst_tools import chain, cli
+
+
+def verbs(*names: str) -> list[argparse.Namespace]:
+    return [argparse.Namespace(verb=name) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a", "b", "then", "c"], [["a", "b"], ["c"]]),
+        (["a", "then"], [["a"]]),
+        (["then", "a", "then", "then", "c"], [["a"], ["c"]]),
+        (["a"], [["a"]]),
+        ([], []),
+    ],
+)
+def test_the_words_of_each_verb(words, expected):
+    assert list(chain.split(words, "then")) == expected
+
+
+def test_each_verb_runs_in_a_process_of_its_own_until_one_fails(tmp_path):
+    def run_verb(args):
+        with (tmp_path / "log").open("a") as log:
+            print(args.verb, os.environ.pop("MEDASST_CHAIN_TEST", None), os.getpid() != parent, file=log)
+        return {"b": 2}.get(args.verb, 0)
+
+    parent, os.environ["MEDASST_CHAIN_TEST"] = os.getpid(), "there"
+    assert chain.run(verbs("a", "b", "c"), run_verb) == 2
+    assert (tmp_path / "log").read_text().splitlines() == ["a there True", "b there True"]
+    assert chain.run(verbs("a"), lambda args: os.kill(os.getpid(), signal.SIGKILL)) == 137
+    del os.environ["MEDASST_CHAIN_TEST"]
+
+
+def test_through_the_command(monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["render", "--check", "then", "doctor", "nope", "then", "render", "--check"]) == 2
+    captured = capfd.readouterr()
+    assert captured.out.count("0 stale") == 1 and "no experiment 'nope'" in captured.err
+    with pytest.raises(SystemExit, match="2"):  # a typo in the last is said before the first runs
+        cli.main(["render", "--check", "then", "rendr"])
+    assert capfd.readouterr().out == ""
+    assert cli.main(["render", "--check", "then"]) == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_verb_that_runs(tmp_path, number, status):
+    code = (
+        "import argparse, os, pathlib, sys, time\n"
+        "from medasst_tools import chain, cli\n"
+        "def run_verb(args):\n"
+        "    cli.import_verb = lambda verb: argparse.Namespace(run=slow)\n"
+        "    return cli.run_verb(args)\n"
+        "def slow(args):\n"
+        "    pathlib.Path('pid').write_text(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+        "sys.exit(chain.run([argparse.Namespace(verb='a')] * 2, run_verb))\n"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MEDASST_LANG": "en"},
+    )  # fmt: skip
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        time.sleep(0.05)
+    send = os.killpg if number == signal.SIGINT else os.kill  # a terminal's Ctrl-C reaches them all
+    send(run.pid, number)
+    _, said = run.communicate(timeout=30)
+    assert run.returncode == status
+    lines = said.splitlines()
+    assert lines == ["medasst a: interrupted; the same command goes on or starts again"] * (number == signal.SIGINT)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_what_is_done_is_not_prepared_for(tmp_path):
+    config = tmp_path / "train.yaml"
+    config.write_text(f"output_dir: {tmp_path}/saves\n")
+    training = argparse.Namespace(verb="train", config=config)
+    assert chain.is_to_do(training)
+    (tmp_path / "saves").mkdir()
+    (tmp_path / "saves/run.json").touch()
+    assert not chain.is_to_do(training)
+    assert not chain.is_to_do(argparse.Namespace(verb="train", config=tmp_path / "nowhere.yaml"))
+    assert not chain.is_to_do(argparse.Namespace(verb="score"))
+
+
+def test_a_forked_training_is_llamafactorys_bit_for_bit(tiny_run):
+    """Two in one call, whose LLaMA-Factory is imported once, against one that starts llamafactory-cli."""
+    folder = tiny_run.parent
+    words = {name: [str(tiny_run), f"output_dir={folder}/{name}", "max_steps=6"] for name in ("cli", "one", "two")}
+    medasst = [sys.executable, "-m", "medasst_tools.cli"]
+    calls = [["train", *words["cli"]], ["train", *words["one"], "then", "train", *words["two"]]]
+    for call in calls:
+        run = subprocess.run([*medasst, *call], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        assert "***** Running training" not in run.stdout + run.stderr
+    weights = {name: (folder / name / "adapter_model.safetensors").read_bytes() for name in words}
+    assert len({hashlib.sha256(file).hexdigest() for file in weights.values()}) == 1
+    logs = {name: (folder / name / "train.log").read_text() for name in words}
+    assert all("***** Running training" in log for log in logs.values())
+    assert "pkg_resources" in logs["cli"] and "pkg_resources" not in logs["two"]  # imported before its log began
