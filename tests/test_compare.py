@@ -1,6 +1,5 @@
 """medasst compare: known outcomes, the table's own difference, and what doesn't belong together."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -12,19 +11,22 @@ from medasst_tools import cli, provenance
 from medasst_tools.config import load
 from medasst_tools.evaluation.compare import compare_folders, verdict
 from medasst_tools.evaluation.score import metric_names
+from medasst_tools.files import write_jsonl
 
 FACTS = {"shots": 0, "orders": 1, "prompt": "llamafactory-zh", "exam_version": 1, "questions_sha256": "ab" * 32}
 
 
 def write_lines(path: Path, records: list[dict]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    write_jsonl(path, records)
+    return provenance.sha256_of(path)
 
 
-def write_dialogues(folder: Path, values: list[float], labels: list[str] | None = None) -> Path:
+def write_dialogues(
+    folder: Path, values: list[float], labels: list[str] | None = None, questions: int = 10_000
+) -> Path:
+    """Write a record a value, and as many different questions, asked again and again."""
     labels = labels or [f"答案{number}" for number in range(len(values))]
-    rows = [{"prompt": f"问{at}|", "predict": "", "label": x} for at, x in enumerate(labels)]
+    rows = [{"prompt": f"问{at % questions}|", "predict": "", "label": label} for at, label in enumerate(labels)]
     predictions = write_lines(folder / "generated_predictions.jsonl", rows)
     per_record = write_lines(folder / "per_record.jsonl", [dict.fromkeys(metric_names(), value) for value in values])
     scores = {"predictions": predictions, "outputs": {"per_record.jsonl": per_record}, "made_of": {}}
@@ -66,11 +68,23 @@ def test_dialogues(tmp_path, a, b, difference, wins, ties, better):
 def test_interval_and_power_are_those_of_the_mean_difference(tmp_path):
     values = np.random.default_rng(1).normal(1, 3, 2000)
     report = compare_folders(
-        write_dialogues(tmp_path / "a", list(values)), write_dialogues(tmp_path / "b", [0.0] * 2000)
+        write_dialogues(tmp_path / "a", values.tolist()), write_dialogues(tmp_path / "b", [0.0] * 2000)
     )["dialogues"]["metrics"]["bleu-4"]
     error = values.std() / np.sqrt(2000)
     assert report["ci95"] == pytest.approx([values.mean() - 1.96 * error, values.mean() + 1.96 * error], abs=0.02)
     assert report["visible"] == pytest.approx(2.8016 * error, rel=0.05)
+
+
+def test_one_question_asked_again_and_again_shows_nothing_new(tmp_path):
+    """Thirty answers to each of four questions: p is that of four records; as if all were news it would be tiny."""
+    values = [4.0, -1.0, 3.0, 2.0]
+    found = {}
+    for name, times, questions in (("four", 1, 4), ("copies", 30, 4), ("news", 30, 120)):
+        a = write_dialogues(tmp_path / name / "a", values * times, questions=questions)
+        b = write_dialogues(tmp_path / name / "b", [0.0] * len(values) * times, questions=questions)
+        found[name] = compare_folders(a, b)["dialogues"]["metrics"]["rouge-l"]
+    assert found["copies"]["ci95"] == found["four"]["ci95"] and found["copies"]["p"] == found["four"]["p"] > 0.01
+    assert found["news"]["p"] < 0.001
 
 
 @pytest.mark.parametrize(

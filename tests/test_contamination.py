@@ -12,6 +12,7 @@ from medasst_tools.data.deduplication import normalise
 from medasst_tools.data.exam_questions import LETTERS, load_protocol, load_subjects
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import contamination, exam
+from medasst_tools.files import write_jsonl
 
 SUBJECTS = load_subjects(SAMPLES / "exams", load_protocol())
 QUESTIONS = [question for subject in SUBJECTS for question in subject.questions]
@@ -21,10 +22,6 @@ PLANTED = {
     for question in members
 }  # fmt: skip
 TRUTH = {contamination.key_of(question): PLANTED.get(normalise(question.text), "clean") for question in QUESTIONS}
-
-
-def write_lines(path, rows) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +36,8 @@ def leaky(tmp_path_factory):
     texts += [f"第{at}位患者，{age}岁，反复头晕乏力，应做什么检查？" for at, age in enumerate(range(20, 60))]
     records = [{"instruction": text, "input": "", "output": "建议及时就医。"} for text in texts]
     (folder / "raw/medchatzh").mkdir(parents=True)
-    write_lines(folder / "raw/medchatzh/MedChatZH_train.json", records)
-    write_lines(folder / "raw/medchatzh/MedChatZH_valid.json", [records[-1]])
+    write_jsonl(folder / "raw/medchatzh/MedChatZH_train.json", records)
+    write_jsonl(folder / "raw/medchatzh/MedChatZH_valid.json", [records[-1]])
     words = ["convert", "--raw-dir", str(folder / "raw"), "--out-dir", str(folder / "data")]
     assert cli.main(words) == 0
     assert cli.main(["audit", "--data-dir", str(folder / "data"), "--exams-dir", str(SAMPLES / "exams")]) == 0
@@ -75,7 +72,7 @@ def test_a_model_that_knows_only_what_leaked(leaky, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(exam, "_answers", answers)
     monkeypatch.setattr(exam.preflight, "require", lambda *_: None)
     label = [dict(zip(contamination.LABEL_KEYS, (*key, label), strict=True)) for key, label in TRUTH.items()]
-    write_lines(tmp_path / "labels.jsonl", label)
+    write_jsonl(tmp_path / "labels.jsonl", label)
     words = ["exam", str(leaky / "chat.yaml"), "--exams-dir", str(SAMPLES / "exams"), "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--labels", str(tmp_path / "labels.jsonl")]) == 0
     split = json.loads((tmp_path / "out/exam.json").read_text(encoding="utf-8"))["contamination"]

