@@ -40,7 +40,7 @@ def translated(text: str) -> str:
     for pattern, chinese in _patterns():
         if found := pattern.fullmatch(text):
             return chinese.format(*map(translated, found.groups()))
-    if (found := re.fullmatch(r"(.+) \((.*)\)", text)) and (inner := translated(found[1])) != found[1]:
+    if (found := re.fullmatch(r"(.+?) \((.*)\)", text)) and (inner := translated(found[1])) != found[1]:
         return f"{inner}（{found[2]}）"
     for mark, full_width in (("; ", "；"), (": ", "：")):
         before, found, after = text.partition(mark)

@@ -16,6 +16,7 @@ from typing import Any
 
 from medasst_tools import provenance
 from medasst_tools.config import load
+from medasst_tools.data.convert import choose_sources
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import read_json, sha256_of
@@ -24,7 +25,7 @@ from medasst_tools.machine import cost, hardware, preflight
 from medasst_tools.machine.hub import locate
 from medasst_tools.machine.preflight import Check, gib
 
-CONFIGS_DIR = Path("factory_configs")
+CONFIGS_DIR, RAW_DIR = Path("factory_configs"), Path("data/raw")
 LOW_DISK = 6 << 30  # what the installation takes
 
 
@@ -163,14 +164,13 @@ def check_data(configs: dict[str, dict[str, Any]]) -> Iterator[Check]:
 
 def check_folder(folder: Path, names: list[str]) -> Check:
     """Say whether a folder has these datasets, and if it was converted here, byte for byte as its manifest says."""
-    samples = folder == Path("data/demo")
-    step = (
-        "`make data` makes it of the bundled samples"
-        if samples
-        else "`make download`, then `make data EXPERIMENT=...`"
-    )
+    at_hand, step = False, "`make download`, then `make data EXPERIMENT=...`"
+    if folder == Path("data/demo"):
+        at_hand, step = True, "`make data` makes it of the bundled samples"
+    elif raw_files_are_there(names):
+        at_hand, step = True, f"`make train` makes it of {RAW_DIR}"
     if not (folder / "dataset_info.json").is_file():
-        return Check("warn" if samples else "fail", "data", f"no {folder}/dataset_info.json yet", step)
+        return Check("warn" if at_hand else "fail", "data", f"no {folder}/dataset_info.json yet", step)
     try:
         paths = provenance.dataset_files(folder, names)
     except UserError as error:
@@ -187,6 +187,14 @@ def check_folder(folder: Path, names: list[str]) -> Check:
     return Check(
         "ok", "data", f"{folder}: {len(names)} datasets, {records:,} records, every sha256 as the manifest says"
     )
+
+
+def raw_files_are_there(names: list[str]) -> bool:
+    """Say whether the raw file of each of these datasets was downloaded, so that they only wait for the conversion."""
+    try:
+        return set(names) <= {dataset.name for dataset in choose_sources(names, RAW_DIR)}
+    except UserError:
+        return False
 
 
 def training_tokens(config: dict[str, Any]) -> tuple[float, str] | None:
