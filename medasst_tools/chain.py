@@ -6,6 +6,7 @@ LLaMA-Factory touches the GPU, which a fork doesn't survive, and beside hours of
 """
 
 import argparse
+import gc
 import importlib
 import multiprocessing
 import os
@@ -80,6 +81,7 @@ def preload() -> None:
     """Import LLaMA-Factory for all processes that are forked from here; no thread has worked by then."""
     with console.logged(Path(os.devnull)):
         importlib.import_module(HEAVY)
+    gc.freeze()  # a million objects that stay: no fork looks through them, or copies their pages, again and again
 
 
 def preloaded() -> bool:

@@ -112,3 +112,10 @@ def test_a_forked_training_is_llamafactorys_bit_for_bit(tiny_run):
     logs = {name: (folder / name / "train.log").read_text() for name in words}
     assert all("***** Running training" in log for log in logs.values())
     assert "pkg_resources" in logs["cli"] and "pkg_resources" not in logs["two"]  # imported before its log began
+
+
+def test_a_reader_who_has_enough_is_no_error(tmp_path):
+    """`medasst doctor | head -1`"""
+    words = f"{sys.executable} -m medasst_tools.cli doctor | head -1; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert len(run.stdout.splitlines()) == 1 and run.stderr == "" and run.returncode in (0, 141)

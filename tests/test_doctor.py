@@ -15,6 +15,7 @@ from conftest import ROOT
 from hub_server import Hub
 
 from medasst_tools import cli
+from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
 from medasst_tools.files import sha256_of
 from medasst_tools.machine import cost, doctor, preflight
@@ -371,6 +372,21 @@ def test_data_that_is_not_whole(experiment, capsys, damage, message):
     status, found = findings(capsys, "x")
     data = found["data"]
     assert status == 1 and data["status"] == "fail" and message in data["detail"] and data["step"]
+
+
+def test_data_that_only_waits_for_its_conversion_is_no_failure(experiment, capsys):
+    """`make download`, then doctor, as the README says: `make train` converts what was downloaded."""
+    config = experiment / "factory_configs/x/train.yaml"
+    config.write_text(config.read_text().replace("a_train", "webmedqa_train"))
+    (experiment / "data/dataset_info.json").unlink()
+    status, found = findings(capsys, "x")
+    assert (status, found["data"]["status"]) == (1, "fail") and "`make download`" in found["data"]["step"]
+    raw = load_datasets()["webmedqa_train"]
+    path = experiment / "data/raw" / raw.corpus.name / raw.files[0]
+    path.parent.mkdir(parents=True)
+    path.write_text("x")
+    status, found = findings(capsys, "x")
+    assert (status, found["data"]["status"]) == (0, "warn") and "`make train` makes it" in found["data"]["step"]
 
 
 def test_data_of_ones_own_is_said(experiment, capsys):

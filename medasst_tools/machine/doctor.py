@@ -17,15 +17,16 @@ from typing import Any
 
 from medasst_tools import provenance
 from medasst_tools.config import load
+from medasst_tools.data.convert import choose_sources
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import read_json
+from medasst_tools.files import read_json, sha256_of
 from medasst_tools.language import said, word
 from medasst_tools.machine import cost, hardware, preflight
 from medasst_tools.machine.hub import Check
 from medasst_tools.machine.preflight import gib
 
-CONFIGS_DIR = Path("factory_configs")
+CONFIGS_DIR, RAW_DIR = Path("factory_configs"), Path("data/raw")
 LOW_DISK = 6 << 30  # what the installation takes
 
 
@@ -100,9 +101,7 @@ def check_experiment(configs: dict[str, dict[str, Any]]) -> Iterator[Check]:
     """Yield what an experiment needs and whether this machine has it."""
     trained = configs.get("train")
     config = trained or configs.get("predict") or configs["chat"]
-    for one, key in ((config, "dataset"), (configs.get("predict", {}), "eval_dataset")):
-        if key in one and not one["dataset_dir"].startswith("saves/"):  # text that `medasst tiny-model` writes there
-            yield check_data(one, key)
+    yield from check_data(configs)
     for check in preflight.checks(config, configs.get("predict") if trained else None):
         not_made = (
             check.what == "model" and check.status == "fail" and config["model_name_or_path"].startswith("saves/")
@@ -112,28 +111,51 @@ def check_experiment(configs: dict[str, dict[str, Any]]) -> Iterator[Check]:
         yield check_days(config, cost.known_shape(config["model_name_or_path"]), hardware.gpus())
 
 
-def check_data(config: dict[str, Any], key: str) -> Check:
-    """Say whether a config's data is there, and if it was converted here, byte for byte as its manifest says."""
-    folder, names = Path(config["dataset_dir"]), provenance.dataset_names(config[key])
-    samples = folder == Path("data/demo")
-    step = "`make data`" if samples else "`make download`, then `make data EXPERIMENT=...`"
+def check_data(configs: dict[str, dict[str, Any]]) -> Iterator[Check]:
+    """Yield a finding for each folder of data that the configs name."""
+    wanted: dict[Path, list[str]] = {}
+    for config in configs.values():
+        for key in ("dataset", "eval_dataset"):
+            if config.get(key):
+                wanted.setdefault(Path(config["dataset_dir"]), []).extend(provenance.dataset_names(config[key]))
+    for folder, names in wanted.items():
+        if folder.parts[:1] != ("saves",):  # plain text that `medasst tiny-model` writes beside the model
+            yield check_folder(folder, list(dict.fromkeys(names)))
+
+
+def check_folder(folder: Path, names: list[str]) -> Check:
+    """Say whether a folder has these datasets, and if it was converted here, byte for byte as its manifest says."""
+    at_hand, step = False, "`make download`, then `make data EXPERIMENT=...`"
+    if folder == Path("data/demo"):
+        at_hand, step = True, "`make data` makes it of the bundled samples"
+    elif raw_files_are_there(names):
+        at_hand, step = True, f"`make train` makes it of {RAW_DIR}"
+    if not (folder / "dataset_info.json").is_file():
+        return Check("warn" if at_hand else "fail", "data", f"no {folder}/dataset_info.json yet", step)
     try:
-        hashes = provenance.data_hashes(config, key)
+        paths = provenance.dataset_files(folder, names)
     except UserError as error:
-        yet = samples and not (folder / "dataset_info.json").is_file()
-        return Check("warn" if yet else "fail", "data", str(error).partition(";")[0], step)
+        return Check("fail", "data", str(error), step)
     manifest = read_json(folder / "manifest.json")
     if manifest is None:
         detail = f"{folder}: {len(names)} datasets, your own: not converted here, so nothing vouches for them"
         return Check("ok", "data", detail)
     made = manifest["datasets"]
-    if changed := [name for name in names if made.get(name, {}).get("sha256") != hashes[name]]:
+    if changed := [name for name in names if made.get(name, {}).get("sha256") != sha256_of(paths[name])]:
         return Check(
             "fail", "data", f"{folder}: {', '.join(changed)}: not what manifest.json says (cut or changed)", step
         )
     records = sum(made[name]["kept"] for name in names)
     detail = f"{folder}: {len(names)} datasets, {records:,} records, every sha256 as the manifest says"
     return Check("ok", "data", detail)
+
+
+def raw_files_are_there(names: list[str]) -> bool:
+    """Say whether the raw file of each of these datasets was downloaded, so that they only wait for the conversion."""
+    try:
+        return set(names) <= {dataset.name for dataset in choose_sources(names, RAW_DIR)}
+    except UserError:
+        return False
 
 
 def training_tokens(config: dict[str, Any]) -> tuple[float, str] | None:
