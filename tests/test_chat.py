@@ -195,7 +195,7 @@ def test_the_address(asked_for, environment, host, auth):
         ({"GRADIO_SERVER_NAME": "192.168.1.2"}, "GRADIO_SERVER_NAME is '192.168.1.2': other machines"),
         (
             {"GRADIO_SERVER_NAME": "127.0.0.1.example.org"},
-            "GRADIO_SERVER_NAME is '127.0.0.1.example.org': other machines",
+            "127.0.0.1.example.org",
         ),
         ({"GRADIO_SERVER_NAME": "0.0.0.0", "CHAT_AUTH": "secret"}, "CHAT_AUTH must be user:password"),
         ({"CHAT_AUTH": ":secret"}, "CHAT_AUTH must be user:password"),
@@ -310,12 +310,13 @@ def test_what_a_patient_sees(script, size):
         assert page.title() == TITLE
         assert page.locator("button.example").all_inner_texts() == chat.EXAMPLES
         assert page.locator('input[type="range"], input[type="file"]').count() == 0
-        for number in range(4):  # the empty page, then one that is longer than the window
+        for number in range(3):  # the empty page, then one that is longer than the window
+            if number:
+                ask(page, f"第{number}问" * 200)
             notice, box = in_sight(page, "#notice"), in_sight(page, BOX)
             assert notice["height"] < 0.17 * size[1] and notice["y"] < 20
             assert box["y"] > 0.85 * size[1]
             in_sight(page, ".submit-button")
-            ask(page, f"第{number}问" * 120)
         assert NOTICE_ZH in page.locator("#notice").inner_text()
         assert "saves" not in page.locator("body").inner_text()
         assert page.hosts == {url.split("/")[2]}
