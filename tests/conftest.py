@@ -46,6 +46,17 @@ def pytest_xdist_make_scheduler(config, log):
     return Files(config, log)
 
 
+def lines_of(folder: Path) -> set[str]:
+    """Return every line of text under a folder, in whatever format: whole files, dirt included."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".zip"]
+    return {line for path in files for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line}
+
+
+def sample_lines() -> set[str]:
+    """Return every line of the bundled samples."""
+    return lines_of(SAMPLES)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with `raw/` and `exams/` of real text; its tests are marked `real_data`."""

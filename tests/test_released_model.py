@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, SAMPLES
+from conftest import ROOT, sample_lines
 from test_resume import finish, read, start
 
 from medasst_tools import cli
@@ -78,17 +78,11 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def texts() -> set[str]:
-    """Return every text of the bundled samples, in whatever format: whole files, dirt included, line by line."""
-    files = [path for path in SAMPLES.rglob("*") if path.is_file()]
-    return {line for path in files for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line}
-
-
 @needs_it
 def test_the_tokens_are_llama_cpps(tokenizer):
     llama_cpp = LlamaCpp(gguf())
-    assert len(texts()) > 500
-    for text in texts():
+    assert len(sample_lines()) > 500
+    for text in sample_lines():
         ids = tokenizer(text)["input_ids"]
         assert ids == llama_cpp.ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"], text
         assert tokenizer.decode(ids) == text

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         args.out.parent / f".{args.out.name}.exam.lock",
         f"{args.out} is being examined by another process; wait for it",
     ):
-        asked = {"model": about["model"], "settings": provenance.exam_settings(config)}
+        asked = {"model": about["model"], "settings": provenance.exam_settings(config), "version": protocol["version"]}
         rows = answer_all(args, config, subjects, protocol["prompts"][name], asked)
         splits: dict[str, Any] = {}
         try:
@@ -183,8 +183,8 @@ def _answers(
 ) -> Iterator[tuple[Prompt, list[float]]]:
     """Yield (prompt, probabilities of A to D as they stood in it) of all that is missing; CheckFailed if they are no numbers."""
     model, tokenizer, template = load_model(config)
-    letter_ids = [tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in LETTERS]
-    encode = lambda turns: template.encode_oneturn(tokenizer, turns)[0]  # noqa: E731
+    opening, letter_ids = letters_of(tokenizer, template)
+    encode = encoder(tokenizer, template, opening)
     for subject in subjects:
         prompts = [
             make_prompt(rotated(question, order), subject, shots, wording, encode, _positions(model))._replace(
@@ -226,6 +226,26 @@ def load_model(config: dict[str, Any]):
     tokenizer = load_tokenizer(model_args)["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     return load(tokenizer, model_args, finetuning_args).eval(), tokenizer, template
+
+
+def letters_of(tokenizer, template) -> tuple[list[int], list[int]]:
+    """Return (what a trained answer begins with before its letter, the tokens of A to D there).
+
+    Mostly nothing stands before it; with Mistral's template and tokenizer it is a space. CheckFailed if they aren't a token each.
+    """
+    turns = [[{"role": "user", "content": "1"}, {"role": "assistant", "content": letter}] for letter in LETTERS]
+    answers = [template.encode_oneturn(tokenizer, turn)[1] for turn in turns]
+    opening = _common_prefix(answers)
+    at = len(opening)
+    letter_ids = [answer[at] for answer in answers]
+    if len({*letter_ids}) < len(LETTERS) or any(answer[at + 1 :] != answers[0][at + 1 :] for answer in answers):
+        raise CheckFailed("with this tokenizer and template A to D aren't one token each; no exam")
+    return opening, letter_ids
+
+
+def encoder(tokenizer, template, opening: list[int]):
+    """Return the function from messages, the answer last, to the token ids up to the answer's letter."""
+    return lambda turns: template.encode_oneturn(tokenizer, turns)[0] + opening
 
 
 def _positions(model) -> int:
