@@ -12,7 +12,7 @@ EXPERIMENTS ?= $(if $(filter demo smollm2,$(EXPERIMENT)),$(EXPERIMENT)_base $(EX
 DPO = $(filter %_dpo,$(EXPERIMENT))
 ARGS ?=# key=value for llamafactory-cli
 RESTART ?=# 1: train anew, whatever is there
-EXTRAS ?= $(if $(filter smollm2%,$(EXPERIMENT)),real)# what single experiments need: pyproject.toml's gpu, qlora, distributed, real
+EXTRAS ?= $(if $(filter smollm2%,$(EXPERIMENT)),real)# what single experiments need: pyproject.toml's gpu, qlora, distributed, real, readers
 DATA_ARGS ?=# a cleaner variant of the data: --drop-overlap --drop-duplicates --mask-personal-data
 SHOTS ?= 0
 BACKEND ?= llamafactory
@@ -61,7 +61,7 @@ again = $(MAKE) $(1) EXPERIMENT=$(2) READY=$(DATA) $(if $(filter $(EXPERIMENT),$
 
 .PHONY: help setup constraints download data audit configs train predict exam score report eval evaluate released bases model check-exams plan \
   chat chat-cli api export safety doctor test test-slow lint format screenshot \
-  bench bench-data bench-score bench-train bench-predict bench-gpu clean
+  bench bench-data bench-score bench-train bench-predict bench-gpu bench-exam bench-lengths clean
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  EXPERIMENT=$(EXPERIMENT), RAW=$(RAW), EXAMS=$(EXAMS), ARGS=key=value..., RESTART=1"
@@ -187,6 +187,12 @@ bench: setup ## time and memory of each step of `make eval` (ARGS="--with-setup 
 
 bench-data bench-score bench-train bench-predict bench-gpu: setup # against what one would use instead: docs/benchmarks.md
 	$(BIN)/python benchmarks/$(subst -,_,$@).py $(ARGS)
+
+bench-exam: export # lm-eval's answers beside ours; make setup EXTRAS=readers
+	$(BIN)/python benchmarks/bench_exam.py $(CONFIGS)/chat.yaml --exported saves/$(EXPERIMENT)_merged --exams-dir "$(EXAMS)"
+
+bench-lengths: setup # records in Qwen2's own tokens; make setup EXTRAS=real
+	$(BIN)/python benchmarks/bench_lengths.py --raw-dir "$(RAW)"
 
 clean: ## remove what the demo made; no other model, no other result
 	rm -rf data/demo $(foreach name,demo demo_base demo_dpo demo_merged tiny_qwen2,saves/$(name) saves/.$(name).lock results/$(name))

@@ -23,12 +23,11 @@ BASE_MODELS = PROJECT_ROOT / "dataset_info" / "base_models.yaml"
 GIB = 1 << 30
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma")  # whose layers the formulas describe
 CUDA_OVERHEAD = 0.75 * GIB
-PADDED = 1.55  # padded tokens for a useful one at batch 4, an assumption (1.585 on real text: docs/benchmarks.md); packed 1.0
+# Of real text in Qwen2's own tokens, mixed as the paper's corpora: `make bench-lengths`, table in docs/models.md.
+PADDED = 1.65  # padded tokens for a useful one at batch 4; packed 1.0
+TOKENS_A_RECORD = 177  # useful ones after the cut at 512, until the data is here and the audit counts them
+BYTES_A_TOKEN = 3.7  # of a converted file for a useful token, template and system prompt included
 REACHED = (0.30, 0.55)  # share of the matrix peak, an assumption
-TOKENS_A_RECORD = (
-    177  # useful ones after the cut at 512, an assumption until the data is here and the audit counts them
-)
-BYTES_A_TOKEN = 4.5  # of UTF-8 Chinese text with Qwen2's tokenizer, where the audit hasn't counted
 
 # Dense bfloat16 (float16 where a card has no bfloat16) matrix peaks in TFLOPS, from the makers' data sheets; nvidia-smi's names.
 CARD_PEAKS = {
