@@ -174,6 +174,65 @@ def test_a_killed_training_ends_as_if_nobody_had_killed_it_and_is_exported(model
     assert logits(merged) == pytest.approx(logits(model, adapter=saves), abs=1e-3)
 
 
+QUESTIONS = [
+    *(
+        "What is the capital of France?",
+        "How many legs has a spider?",
+        "What should I drink with a fever?",
+        "Name three fruits.",
+    ),
+    *("What does aspirin do?", "Is a cold dangerous?", "孩子发烧怎么办？", "头痛两天了。", "感冒要吃药吗？", "你好！"),
+]
+NEAR = 0.05  # nats between the two words where answers part: llama.cpp adds up in another order
+
+
+@needs_it
+@pytest.mark.slow
+def test_predictions_through_llama_cpps_server_are_the_local_ones(model, tmp_path):
+    """The same but for near ties, which are counted: where two answers part, the model must hold both words for as likely."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    records = [{"instruction": question, "input": "", "output": "x"} for question in QUESTIONS]
+    write_text(tmp_path / "asked.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    columns = {"prompt": "instruction", "query": "input", "response": "output"}
+    write_text(tmp_path / "dataset_info.json", json.dumps({"asked": {"file_name": "asked.jsonl", "columns": columns}}))
+    config = yaml.safe_load((ROOT / "factory_configs/smollm2_base/predict.yaml").read_text(encoding="utf-8"))
+    config |= {
+        "model_name_or_path": str(model),
+        "dataset_dir": str(tmp_path),
+        "eval_dataset": "asked",
+        "max_new_tokens": 32,
+    }
+    llama_cpp = LlamaCpp(unquantized(gguf(), tmp_path / "float32.gguf"))
+    said = {}
+    for way, words in {
+        "local": [],
+        "api": ["--api-base", f"{llama_cpp.server.listening_address}/v1", "--concurrency", "1"],
+    }.items():
+        path = tmp_path / way / "predict.yaml"
+        path.parent.mkdir()
+        write_text(path, yaml.safe_dump(config | {"output_dir": str(tmp_path / way / "out")}, allow_unicode=True))
+        assert cli.main(["predict", str(path), *words]) == 0
+        lines = (tmp_path / way / "out/generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        said[way] = [json.loads(line)["predict"].strip() for line in lines]
+    tokenizer, weights = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    system, ties = [{"role": "system", "content": config["default_system"]}], 0
+    for question, ours, theirs in zip(QUESTIONS, said["local"], said["api"], strict=True):
+        if ours == theirs:
+            continue
+        prompt = tokenizer.apply_chat_template(
+            [*system, {"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+        )
+        a, b = (tokenizer(text)["input_ids"] for text in (ours, theirs))
+        at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        expected = torch.log_softmax(weights(torch.tensor([prompt + a[:at]])).logits[0, -1], -1).topk(2).values
+        assert expected[0] - expected[1] < NEAR, (question, ours, theirs)
+        ties += 1
+    print(f"{len(QUESTIONS)} answers, {ties} part at a near tie")
+    assert ties <= 2
+
+
 def logits(folder: Path, adapter: Path | None = None):
     """Return what a model expects next after DIALOGUE, one number a word of the vocabulary."""
     from peft import PeftModel
