@@ -15,6 +15,7 @@ import platform
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def load_questions(exams_dir: Path, limit: int | None) -> tuple[list, dict[str, 
     from medasst_tools.data.exam_questions import load_protocol, load_subjects
 
     protocol = load_protocol()
-    subjects = [one._replace(questions=one.questions[:limit]) for one in load_subjects(exams_dir, protocol)]
+    subjects = [replace(one, questions=one.questions[:limit]) for one in load_subjects(exams_dir, protocol)]
     return subjects, next(iter(protocol["prompts"].values()))
 
 
@@ -54,6 +55,7 @@ def theirs(
 ) -> tuple[dict[tuple, list[float]], float]:
     """Return the same of lm-eval, in its own order and batches of 8."""
     import lm_eval
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     from medasst_tools.data.exam_questions import LETTERS, messages
@@ -68,7 +70,8 @@ def theirs(
         "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{prompt}}", "doc_to_target": "{{answer}}",
         "doc_to_choice": list(LETTERS), "target_delimiter": "", "num_fewshot": 0, "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
-    model = HFLM(pretrained=str(exported), dtype="auto", batch_size=8, device=None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = HFLM(pretrained=str(exported), dtype="auto", batch_size=8, device=device)
     began = time.perf_counter()
     samples = lm_eval.simple_evaluate(
         model, tasks=[task], apply_chat_template=True, log_samples=True, bootstrap_iters=0

@@ -212,7 +212,7 @@ def test_four_orders_of_the_real_model(chat_config, tmp_path, monkeypatch):
     real = exam._common_prefix
     monkeypatch.setattr(exam, "_common_prefix", lambda sequences: begun.append(len(sequences)) or real(sequences))
     assert run_exam(chat_config, tmp_path / "four", "--orders", "4") == 0
-    assert len(begun) == 9
+    assert len(begun) == 1 + 9  # the four letters, then the subjects
     rows = [
         json.loads((tmp_path / name / "exam.jsonl").read_text(encoding="utf-8").splitlines()[0])
         for name in ("one", "four")

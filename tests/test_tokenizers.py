@@ -170,6 +170,12 @@ def prepared(name: str, tokenizer):
     return tokenizer, get_template_and_fix_tokenizer(tokenizer, DataArguments(**chat))
 
 
+@cache
+def released_and_prepared(name: str, folder):
+    """Return the same of the whole released tokenizer, once: nothing here changes it."""
+    return prepared(name, released(name, False, folder))
+
+
 def turns_of(tokenizer, template) -> list[list[int]]:
     """Return DIALOGUE's sources and targets in turn; what is trained on is these, and only the targets are learnt."""
     from llamafactory.data.processor import SupervisedDatasetProcessor
@@ -203,14 +209,14 @@ def check(name: str, tokenizer, template) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_dialogue_and_its_labels(name, folder):
-    turns = check(name, *prepared(name, released(name, False, folder)))
+    turns = check(name, *released_and_prepared(name, folder))
     assert turns == [reference(name)(text) for text in spelled(name)]
     assert turns == PINNED[name]
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_letters_of_an_exam(name, folder):
-    tokenizer, template = prepared(name, released(name, False, folder))
+    tokenizer, template = released_and_prepared(name, folder)
     assert exam.letters_of(tokenizer, template)[1] == LETTER_IDS[name]
     theirs = [tokenizer.encode(letter, add_special_tokens=False)[-1] for letter in LETTERS]
     assert theirs == LETTER_IDS[name]  # LLaMA-Factory's evaluator's, which looks for Mistral's where the space is
@@ -218,7 +224,7 @@ def test_the_letters_of_an_exam(name, folder):
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_exported_chat_template_gives_the_trainings_ids(name, folder):
-    tokenizer, template = prepared(name, released(name, False, folder))
+    tokenizer, template = released_and_prepared(name, folder)
     wanted = {None: reference_ids(tokenizer, template, None)}
     text = chat_template_of(served_template(tokenizer, template, wanted), tokenizer)
     for messages in (DIALOGUE[:1], DIALOGUE[:3], [{"role": "system", "content": "请简短回答。"}, *DIALOGUE[:3]]):
