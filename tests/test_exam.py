@@ -237,22 +237,18 @@ def test_what_is_written(chat_config, tmp_path):
     assert len(rows) == report["n"] == 18 and report["as_released"] is False and report["shots"] == 5
     for row in rows:
         assert set(row) == {"benchmark", "subject", "id", "answer", "predicted", "probs"}
-        assert sum(row["probs"].values()) == pytest.approx(1) and row["probs"][row["predicted"]] == max(
-            row["probs"].values()
-        )
+        assert sum(row["probs"].values()) == pytest.approx(1)
+        assert row["probs"][row["predicted"]] == max(row["probs"].values())
+
+    def right(**of) -> list[bool]:
+        return [row["predicted"] == row["answer"] for row in rows if of.items() <= row.items()]
+
     for name, entry in report["by_subject"].items():
-        mine = [row for row in rows if f"{row['benchmark']}/{row['subject']}" == name]
-        right = sum(row["predicted"] == row["answer"] for row in mine)
-        assert (entry["n"], entry["correct"], entry["accuracy"]) == (
-            len(mine),
-            right,
-            pytest.approx(100 * right / len(mine)),
-        )
+        mine = right(**dict(zip(("benchmark", "subject"), name.split("/"), strict=True)))
+        accuracy = pytest.approx(100 * sum(mine) / len(mine))
+        assert (entry["n"], entry["correct"], entry["accuracy"]) == (len(mine), sum(mine), accuracy)
     for name in ("cmmlu", "ceval"):
-        of_benchmark = [row for row in rows if row["benchmark"] == name]
-        assert report[name] == pytest.approx(
-            100 * sum(row["predicted"] == row["answer"] for row in of_benchmark) / len(of_benchmark)
-        )
+        assert report[name] == pytest.approx(100 * sum(right(benchmark=name)) / len(right(benchmark=name)))
     assert report["average"] == pytest.approx((report["cmmlu"] + report["ceval"]) / 2)
     assert "shots:5" in report["signature"] and "limit:2" in report["signature"]
 

@@ -91,28 +91,6 @@ def test_tuning_helps_on_records_that_training_never_saw(project, evaluated):
     assert trained_on and trained_on.isdisjoint(tested_on)
 
 
-def test_scores_equal_llamafactorys_own(project, evaluated):
-    """LLaMA-Factory's ComputeSimilarity, on the texts of the predictions, record by record."""
-    from collections import Counter
-
-    import jieba
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-    from rouge_chinese import Rouge
-
-    theirs: Counter[str] = Counter()
-    lines = (project / "results/demo/generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    for row in map(json.loads, lines):
-        said, wanted = " ".join(jieba.cut(row["predict"])), " ".join(jieba.cut(row["label"]))
-        if said.split() and wanted.split():
-            for name, value in Rouge().get_scores(said, wanted)[0].items():
-                theirs[name] += round(value["f"] * 100, 4)
-        method3 = SmoothingFunction().method3
-        bleu = sentence_bleu([list(row["label"])], list(row["predict"]), smoothing_function=method3)
-        theirs["bleu-4"] += round(bleu * 100, 4)
-    ours = scores(project, "demo")
-    assert {m: ours[m] for m in METRICS} == pytest.approx({m: theirs[m] / len(lines) for m in METRICS}, abs=1e-9)
-
-
 def test_the_checkout_stays_clean(project, evaluated):
     status = subprocess.run(
         ["git", "-C", str(project), "status", "--porcelain"], capture_output=True, text=True, check=True
