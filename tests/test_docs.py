@@ -197,3 +197,10 @@ def test_the_days_are_doctors(name):
             memory = cost.memory_bytes(shape, config) / cost.GIB
         assert re.findall(r"\d+\.\d", row) == expected
         assert row.split("|")[-2].strip() == f"{memory:.0f}"
+
+
+@pytest.mark.parametrize("page", [*READMES, "docs/web_shop.md", "docs/web_shop_zh.md"])
+def test_the_shops_customer_has_the_servers_key(page):
+    """A server that is started with a key answers 401 to a client that has none."""
+    commands = [line for line in re.split(r"\n|`", read(page)) if "python examples/shop_chat.py" in line]
+    assert commands and all(line.startswith("API_KEY=secret ") for line in commands)
