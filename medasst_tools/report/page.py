@@ -82,9 +82,11 @@ def made_of(names: list[str]) -> dict[str, Any]:
     files += [path for folder in data for path in Path(folder).glob("*.json")]
     files += [PAPER, EXAM_PROTOCOL, *(PROJECT_ROOT / "templates").glob("report*")]
     code = {"medasst": provenance.code_sha256("report", "evaluation", "provenance.py"), "commit": hardware.commit()}
-    return provenance.made_of(
-        {"experiments": names}, {str(path): provenance.sha256_of(path) for path in files}, versions=code
-    )
+    hashes = {  # a project that was moved is the same
+        str(path.relative_to(PROJECT_ROOT) if path.is_absolute() else path): provenance.sha256_of(path)
+        for path in files
+    }
+    return provenance.made_of({"experiments": names}, hashes, versions=code)
 
 
 def compare_with_bases(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
