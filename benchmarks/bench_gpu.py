@@ -128,7 +128,7 @@ def write_inputs(folder: Path, records: int, config: dict[str, Any], device: str
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
     for name, shape in (("model", config), ("small", config | (SMALL if config["hidden_size"] > 64 else {}))):
         write_tokenizer(folder / name, documents, shape["vocab_size"])
-        write_random_model(shape, folder / name, device)
+        write_random_model(shape, folder / name, device, {"model": "bfloat16", "small": "float32"}[name])
 
 
 def write_tokenizer(folder: Path, documents: list[str], vocab_size: int) -> None:
@@ -144,13 +144,13 @@ def write_tokenizer(folder: Path, documents: list[str], vocab_size: int) -> None
         train_tokenizer(documents, min(4096, vocab_size)).save_pretrained(folder)
 
 
-def write_random_model(config: dict[str, Any], folder: Path, device: str) -> None:
-    """Write a model's config and random bfloat16 weights in transformers' format, a file a few layers."""
+def write_random_model(config: dict[str, Any], folder: Path, device: str, dtype: str = "bfloat16") -> None:
+    """Write a model's config and random weights in transformers' format, a file a few layers."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    full = AutoConfig.for_model(**config, max_position_embeddings=32768, dtype="bfloat16")
+    full = AutoConfig.for_model(**config, max_position_embeddings=32768, dtype=dtype)
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in AutoModelForCausalLM.from_config(full).state_dict().items()}
     full.architectures = ["Qwen2ForCausalLM"]
@@ -172,7 +172,7 @@ def write_random_model(config: dict[str, Any], folder: Path, device: str) -> Non
             weight = torch.ones(shape) if "norm" in name else torch.zeros(shape)
         else:
             weight = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator)
-        part[name] = weight.to("cpu", torch.bfloat16).contiguous()
+        part[name] = weight.to("cpu", getattr(torch, dtype)).contiguous()
         size += part[name].nbytes
         if size > 2 * GIB:
             flush()
@@ -206,9 +206,9 @@ def rendered(leg: Leg, kind: str, folder: Path, cpu: bool) -> dict[str, Any]:
     config["model_name_or_path"] = str(folder / "model")
     if cpu:
         for key in ("enable_liger_kernel", "flash_attn", "quantization_bit", "quantization_method", "quantization_type",
-                    "double_quantization", "bf16"):  # fmt: skip
+                    "double_quantization", *["bf16"] * (leg.kind != "train")):  # fmt: skip
             config.pop(key, None)
-        config["use_cpu"] = True
+        config |= {"use_cpu": True} if kind != "chat" else {}
     return config
 
 
@@ -296,7 +296,7 @@ def losses(leg: Leg, folder: Path, cpu: bool, _steps: int) -> dict[str, Any]:
             found.append([row["loss"] for row in state.log_history if "loss" in row])
 
     for on_cpu in (cpu, True):
-        config = leg_config(leg, folder, on_cpu) | ({"infer_dtype": "float32"} if on_cpu else {})
+        config = leg_config(leg, folder, on_cpu)
         if on_cpu and not cpu:  # the same records in the same batches
             config["cutoff_len"] = leg_config(leg, folder, False)["cutoff_len"]
         run_exp(config, callbacks=[Keep()])

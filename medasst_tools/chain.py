@@ -22,6 +22,7 @@ from medasst_tools.config import read_yaml
 
 FORK = multiprocessing.get_context("fork")
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
+PRELOADED: list = []  # the module below, in this process and in those forked from it
 HEAVY = "llamafactory.train.tuner"  # what `llamafactory-cli train` imports, and prediction and exams need
 # {verb: what it leaves when it is done}, of those that need it
 RECORDS: dict[str, Callable[[argparse.Namespace], Path]] = {
@@ -80,10 +81,10 @@ def is_to_do(args: argparse.Namespace) -> bool:
 def preload() -> None:
     """Import LLaMA-Factory for all processes that are forked from here; no thread has worked by then."""
     with console.logged(Path(os.devnull)):
-        importlib.import_module(HEAVY)
+        PRELOADED.append(importlib.import_module(HEAVY))
     gc.freeze()  # a million objects that stay: no fork looks through them, or copies their pages, again and again
 
 
 def preloaded() -> bool:
     """Say whether a forked process has LLaMA-Factory already."""
-    return HEAVY in sys.modules
+    return bool(PRELOADED)

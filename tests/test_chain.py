@@ -59,7 +59,8 @@ def test_through_the_command(monkeypatch, capfd):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_verb_that_runs(tmp_path, number, status):
     code = (
-        "import argparse, os, pathlib, sys, time\n"
+        "import argparse, os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "from medasst_tools import chain, cli\n"
         "def run_verb(args):\n"
         "    cli.import_verb = lambda verb: argparse.Namespace(run=slow)\n"

@@ -125,13 +125,10 @@ def test_what_is_trained_and_what_answers(name):
 def test_make_eval_evaluates_both_asks_both_and_compares():
     words = ["make", "-n", "eval", "EXPERIMENT=demo_dpo", f"PYTHON={ROOT}/.venv/bin/python"]
     said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    order = [
-        "evaluate EXPERIMENT=demo ",
-        "safety EXPERIMENT=demo ",
-        "evaluate EXPERIMENT=demo_dpo ",
-        "safety EXPERIMENT=demo_dpo ",
+    verbs = [
+        f"{verb} factory_configs/{name}/" for name in ("demo", "demo_dpo") for verb in ("train", "predict", "safety")
     ]
-    places = [said.index(word) for word in [*order, "medasst report", "medasst compare results/demo results/demo_dpo"]]
+    places = [said.index(words) for words in [*verbs, "then report", "medasst compare results/demo results/demo_dpo"]]
     assert places == sorted(places)
 
 
