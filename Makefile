@@ -144,9 +144,9 @@ eval: plan data check-exams ## everything, from installation to report (EXPERIME
 	@$(if $(DPO),$(MEDASST) compare $(addprefix results/,$(EXPERIMENTS)))
 	@echo "$(if $(ZH),接下来：make chat、make api（EXPERIMENT=$(EXPERIMENT)）；真正的模型：make doctor EXPERIMENT=medasst,Next: make chat, make api (EXPERIMENT=$(EXPERIMENT)); a real model: make doctor EXPERIMENT=medasst)"
 
-MINUTES := $(if $(DPO),13,six)
+MINUTES := $(if $(DPO),13,five)
 PLAN = $(if $(filter demo%,$(EXPERIMENT)),About $(MINUTES) minutes on two cores.,How long: make doctor EXPERIMENT=$(EXPERIMENT).) Logs: saves/*/train.log and results/*/*.log; V=1 shows them as they come.
-PLAN_ZH = $(if $(filter demo%,$(EXPERIMENT)),两个核心约 $(MINUTES:six=6) 分钟。,需要多久：make doctor EXPERIMENT=$(EXPERIMENT)。)日志：saves/*/train.log 和 results/*/*.log；V=1 直接显示。
+PLAN_ZH = $(if $(filter demo%,$(EXPERIMENT)),两个核心约 $(MINUTES:five=5) 分钟。,需要多久：make doctor EXPERIMENT=$(EXPERIMENT)。)日志：saves/*/train.log 和 results/*/*.log；V=1 直接显示。
 plan: setup
 	@echo "$(if $(ZH),make eval：数据，$(EXPERIMENTS) 的训练、预测、考试、评分，最后是报告。,make eval: data$(comma) then training$(comma) predictions$(comma) exams and scores of $(EXPERIMENTS)$(comma) then the report.)"
 	@echo "$(if $(ZH),$(PLAN_ZH),$(PLAN))"
