@@ -112,7 +112,7 @@ configs: setup ## render factory_configs/ from experiments.yaml and templates/ #
 	@$(MEDASST) render
 
 audit: data ## duplicates, test questions in training, lengths, personal data (AUDIT_ARGS="--tokenizer DIR") ## 重复、训练集中的测试题、长度、个人信息（AUDIT_ARGS="--tokenizer DIR"）
-	$(MEDASST) audit --data-dir "$(DATA)" --exams-dir "$(EXAMS)" $(AUDIT_ARGS)
+	$(MEDASST) audit --data-dir "$(DATA)" --exams-dir "$(EXAMS)" $(addprefix --config ,$(wildcard $(CONFIGS)/train.yaml)) $(AUDIT_ARGS)
 
 # ---- training and evaluation
 # NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR, MASTER_PORT, RDZV_ID... reach llamafactory-cli as they are: docs/distributed.md

@@ -97,6 +97,10 @@ def test_tokens(converted, tmp_path):
     config.write_text("cutoff_len: 40\ntemplate: qwen\ndefault_system: 你是助手。\n", encoding="utf-8")
     words = ["--tokenizer", str(tmp_path / "model"), "--config", str(config)]
     tokens = audit(converted, *words)["datasets"]["medchatzh_train"]["tokens"]
+    assert "tokens" not in audit(converted, *words[2:])["datasets"]["medchatzh_train"]
+    with config.open("a", encoding="utf-8") as file:
+        print(f"model_name_or_path: {tmp_path / 'model'}", file=file)
+    assert audit(converted, *words[2:])["datasets"]["medchatzh_train"]["tokens"] == tokens
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.hparams import DataArguments

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from medasst_tools import __version__, provenance
+from medasst_tools.config import read_yaml
 from medasst_tools.data.convert import CONTROL
 from medasst_tools.data.decontamination import (
     BANDS,
@@ -31,6 +32,7 @@ from medasst_tools.data.decontamination import (
     read_questions,
 )
 from medasst_tools.data.deduplication import answer_of, key, normalise, question_of
+from medasst_tools.data.download import cached_folder
 from medasst_tools.data.layouts import read_instruction, read_sharegpt
 from medasst_tools.data.pii import MASKS, mask
 from medasst_tools.data.raw_files import NotKept, read_records
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("--data-dir", type=Path, required=True, help="a folder that `medasst convert` wrote")
     parser.add_argument("--exams-dir", type=Path, help="also look for the exams' questions in training")
-    parser.add_argument("--tokenizer", help="folder or hub id: also count tokens, and what --cutoff-len cuts")
+    parser.add_argument("--tokenizer", help="folder or hub id: also count tokens, and what cutoff_len cuts (the config's model, if it is on this machine)")  # fmt: skip
     parser.add_argument(
         "--config",
         type=Path,
@@ -79,11 +81,22 @@ def run(args: argparse.Namespace) -> None:
     """Audit the folder and write the findings."""
     if args.workers < 1 or args.token_sample < 0:
         raise UserError(f"--workers is {args.workers} and --token-sample {args.token_sample}; at least 1 and 0")
+    args.tokenizer = args.tokenizer or model_here(args.config)
     with tempfile.TemporaryDirectory() as work:
         files = read_folder(args.data_dir, Path(work))
         about = made_of(args, files)
         if not provenance.up_to_date(args.data_dir / "audit.json", about):
             audit(args, files, about)
+
+
+def model_here(config: Path) -> str | None:
+    """Return the folder of a config's model where it is on this machine; None where it isn't. No hub is asked."""
+    model = read_yaml(config).get("model_name_or_path") if config.is_file() else None
+    if model is None or Path(model).is_dir():
+        return model
+    with contextlib.suppress(Exception):  # what a client raises where nothing is cached
+        return str(cached_folder(model, None))
+    return None
 
 
 def made_of(args: argparse.Namespace, files: dict[str, Path]) -> dict[str, Any]:

@@ -102,6 +102,17 @@ def hubs_in_order() -> list[str]:
     return sorted(HUBS, reverse=modelscope_first)
 
 
+def cached_folder(model: str, revision: str | None) -> Path:
+    """Return where the hub's client keeps a model; raises what the client raises if it doesn't."""
+    if hubs_in_order()[0] == "huggingface":
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=True)).parent
+    from modelscope_hub import HubApi
+
+    return HubApi().download_repo(model, "model", revision=revision, local_files_only=True)
+
+
 def from_first_hub(hubs: list[str], fetch: Callable[[str], None]) -> list[str]:
     """Fetch from the first hub that has it; return what to say of each where none has."""
     failures = []

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from medasst_tools.data.download import HUBS, MODEL_ID, hubs_in_order, reason
+from medasst_tools.data.download import HUBS, MODEL_ID, cached_folder, hubs_in_order, reason
 
 
 class Check(NamedTuple):
@@ -48,17 +48,6 @@ def locate(model: str, revision: str | None = None) -> tuple[Check, bool]:
         step = f"give a folder, or USE_MODELSCOPE_HUB={int(other == 'modelscope')} asks {HUBS[other].name}"
         return Check("fail", "model", reason(error, hub, model), step), True
     return Check("ok", "model", f"{model} is on {HUBS[hub].name}, not yet downloaded"), True
-
-
-def cached_folder(model: str, revision: str | None) -> Path:
-    """Return where the hub's client keeps a model; raises what the client raises if it doesn't."""
-    if hubs_in_order()[0] == "huggingface":
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=True)).parent
-    from modelscope_hub import HubApi
-
-    return HubApi().download_repo(model, "model", revision=revision, local_files_only=True)
 
 
 def ask(model: str, revision: str | None) -> None:
