@@ -182,25 +182,21 @@ def test_a_name_that_is_no_model(workplace, model, message):
 
 
 @pytest.mark.parametrize("modelscope", [False, True])
-def test_a_model_in_the_cache_needs_no_hub(workplace, monkeypatch, modelscope):
-    from huggingface_hub import constants
-
-    monkeypatch.setenv("USE_MODELSCOPE_HUB", str(int(modelscope)))
-    monkeypatch.setenv("MODELSCOPE_CACHE", str(workplace / "ms"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(workplace / "hf"))
+def test_a_model_in_the_cache_needs_no_hub(workplace, closed_port, modelscope):
+    """In a process of its own: the clients read where their caches are when they are imported."""
     if modelscope:
         folder = workplace / "ms/models/owner--name/snapshots/master"
     else:
-        repo = workplace / "hf/models--owner--name"
+        repo = workplace / "hf/hub/models--owner--name"
         folder = repo / "snapshots/0123456789abcdef0123456789abcdef01234567"
         (repo / "refs").mkdir(parents=True)
         (repo / "refs/main").write_text(folder.name)
     folder.mkdir(parents=True)
     (folder / "config.json").write_bytes(CONFIG)
     (folder / "model.safetensors").touch()
-    found, download = hub_models.locate("owner/name")
-    assert found.status == "ok" and "cache" in found.detail and not download
+    variables = MODELSCOPE if modelscope else {"HF_HUB_OFFLINE": "1"}
+    said = run_python(workplace, closed_port, variables, "-c", LOCATE, "owner/name").stdout
+    assert said.startswith("ok False ") and "owner/name is in " in said and "'s cache" in said
 
 
 # ---- device, extras, memory, disk ------------------------------------------------------------------------------------
