@@ -400,9 +400,20 @@ def test_days_are_a_range(experiment, model, monkeypatch, capsys):
     assert re.match(r"[\d.]+ to [\d.]+ days on 1 x NVIDIA A10, estimated", found["days"]["detail"])
 
 
+@pytest.mark.parametrize(
+    ("transformers", "flash_attn", "status"),
+    [("5.6.0", "2.8.3", "fail"), ("5.6.0", None, "ok"), ("5.5.4", "2.8.3", "ok")],
+)
+def test_the_pair_whose_attention_fails_is_refused(monkeypatch, transformers, flash_attn, status):
+    monkeypatch.setattr(doctor.hardware, "installed", {"transformers": transformers, "flash-attn": flash_attn}.get)
+    assert doctor.check_attention().status == status
+
+
 def test_the_environment_alone_and_an_unknown_experiment(experiment, capsys):
     status, found = findings(capsys)
-    assert status == 0 and {"python", "packages", "torch", "device", "disk", *preflight.EXTRAS} == set(found)
+    assert status == 0 and {"python", "packages", "attention", "torch", "device", "disk", *preflight.EXTRAS} == set(
+        found
+    )
     assert cli.main(["doctor", "y"]) == 2
     assert capsys.readouterr().err == "medasst doctor: error: no experiment 'y' in factory_configs; there are: x\n"
 

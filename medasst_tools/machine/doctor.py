@@ -74,6 +74,7 @@ def check_environment() -> Iterator[Check]:
     step = "`make setup PYTHON=python3.12` in a fresh .venv" if old else ""
     yield Check("fail" if old else "ok", "python", f"Python {platform.python_version()}", step)
     yield check_packages()
+    yield check_attention()
     for package, (purpose, _, _) in preflight.EXTRAS.items():
         there = hardware.installed(package) or "is not installed (optional)"
         yield Check("ok", package, f"{package} {there}: {purpose}")
@@ -94,6 +95,15 @@ def check_packages() -> Check:
         step = "`make setup` in a fresh .venv"
         return Check("warn", "packages", f"other versions than constraints.txt: {shown}", step)
     return Check("ok", "packages", "all installed packages are constraints.txt's versions")
+
+
+def check_attention() -> Check:
+    """Refuse transformers 5.6.0 beside flash-attn: its call fails for every Qwen2 (LlamaFactory 10610, transformers 45588)."""
+    version = hardware.installed("transformers")
+    if version == "5.6.0" and hardware.installed("flash-attn"):
+        step = "`make setup` installs another, or uninstall flash-attn"
+        return Check("fail", "attention", "transformers 5.6.0 fails with flash-attn", step)
+    return Check("ok", "attention", f"transformers {version}")
 
 
 # ---- an experiment --------------------------------------------------------------------------------------------------
