@@ -13,7 +13,7 @@ EXPERIMENTS ?= $(if $(filter demo smollm2,$(EXPERIMENT)),$(EXPERIMENT)_base $(EX
 DPO = $(filter %_dpo,$(EXPERIMENT))
 ARGS ?=# key=value for llamafactory-cli
 RESTART ?=# 1: train anew, whatever is there
-EXTRAS ?= $(if $(filter smollm2%,$(EXPERIMENT)),real)# what single experiments need: pyproject.toml's gpu, qlora, distributed, real, readers
+EXTRAS ?= $(if $(filter smollm2%,$(EXPERIMENT)),real)# what single experiments need: pyproject.toml's gpu, qlora, distributed, real, readers, judge
 DATA_ARGS ?=# a cleaner variant of the data: --drop-overlap --drop-duplicates --mask-personal-data
 SHOTS ?= 0
 BACKEND ?= llamafactory

@@ -121,8 +121,9 @@ def test_rigged_judges(judged, capsys, verdict, difference, position, again, oth
     assert status == 0 and len(server.asked) == 4 * N and report["judge"] == "rigged"
     assert (report["n"], report["incomplete"]) == (N, 0) and list(report["aspects"]) == list(judge.ASPECTS)
     for row in report["aspects"].values():
-        for (mean, low, high), (least, most) in ((row["difference"], difference), (row["position"], position)):
-            assert least <= mean <= most and low <= mean <= high
+        for key, (least, most) in (("difference", difference), ("position", position)):
+            low, high = row["ci95"][key]
+            assert least <= row[key] <= most and low <= row[key] <= high
         assert again[0] <= row["again"] <= again[1] and other_order[0] <= row["other_order"] <= other_order[1]
     lines = capsys.readouterr().out.splitlines()[-1 - len(judge.ASPECTS) :]
     assert lines[0].startswith("judge rigged; a = ") and f"both-orders-twice,greedy|n:{N},incomplete:0|" in lines[0]
@@ -203,6 +204,7 @@ def test_a_killed_judgement_goes_on(judged, tmp_path):
     [
         (["A", "B", "--api-base", "nowhere"], "--api-base must be http://HOST/v1"),
         (["A", "B", "--api-base", "http://127.0.0.1:9/v1"], "can't be reached: is the server running there?"),
+        (["A", "B", "--api-base", "http://127.0.0.1:9/v1", "--limit", "-1"], "--limit is -1, must be 1 or more"),
         (["A", "none/x", "--api-base", "http://127.0.0.1:9/v1"], "`make predict EXPERIMENT=x` makes it"),
     ],
 )

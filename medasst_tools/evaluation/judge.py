@@ -18,6 +18,7 @@ from medasst_tools import provenance
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import statistics
 from medasst_tools.evaluation.compare import results_of, same_references
+from medasst_tools.evaluation.score import interval
 from medasst_tools.files import PROJECT_ROOT, write_json, write_jsonl
 from medasst_tools.inference import endpoint
 from medasst_tools.inference.answers import AnswerStore
@@ -40,27 +41,33 @@ def run(args: argparse.Namespace) -> None:
     """Ask for every verdict that isn't there yet; write judge.jsonl and judge.json beside A's answers."""
     if importlib.util.find_spec("evalscope") is None:
         raise UserError("evalscope isn't installed; `make setup EXTRAS=judge` installs it")
-    settings = endpoint.asked_of(args) | ({"limit": args.limit} if args.limit else {})
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit is {args.limit}, must be 1 or more")
     both = same_references(args.a, args.b or args.a)
     pairs = [(a.prompt, a.predict, b.predict if args.b else b.label) for a, b in both]
     if args.limit and args.limit < len(pairs):
         pairs = random.Random(statistics.SEED).sample(pairs, args.limit)
     files = {"answers": provenance.short(pairs), "rubric": provenance.sha256_of(RUBRIC)}
-    about = provenance.made_of(settings, files, versions=provenance.package_versions("evalscope"))
-    if provenance.up_to_date(args.a / "judge.json", about):
+    about = provenance.made_of(endpoint.asked_of(args), files, versions=provenance.package_versions("evalscope"))
+    out = args.a / "judge.json"
+    if provenance.up_to_date(out, about):
         return
     api_key = endpoint.key_of_environment() or "none"
     name = asyncio.run(endpoint.find_model(args.api_base, api_key, args.model))
     store = AnswerStore(args.a / "answers" / "judge.jsonl")
-    keys = {store.key(args.api_base, name, files["rubric"], pair): pair for pair in pairs}
-    missing = {key: pair for key, pair in keys.items() if key not in store}
+    keys = [store.key(args.api_base, name, files["rubric"], pair) for pair in pairs]
+    missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in store}
     store.fill(len(missing), len(keys), ask_all(missing, args, name, api_key), args.a / "judge.log", "pair")
-    rows = [{"prompt": prompt, "a": a, "b": b, **store[key]} for key, (prompt, a, b) in keys.items()]
-    write_jsonl(args.a / "judge.jsonl", rows)
-    report = {"judge": name, "a": str(args.a), "b": str(args.b or "references")} | statistics.judged(rows, ASPECTS)
-    record = provenance.record(args.a / "judge.json", about, [args.a / "judge.jsonl"])
-    write_json(args.a / "judge.json", report | record)
-    print("\n".join(statistics.said_of_judge(report)))
+    rows = [{"prompt": prompt, "a": a, "b": b} | store[key] for key, (prompt, a, b) in zip(keys, pairs, strict=True)]
+    write_jsonl(out.with_suffix(".jsonl"), rows)
+    said = {"judge": name, "a": str(args.a), "b": str(args.b or "references")}
+    report = statistics.judged(rows, ASPECTS)
+    write_json(out, said | report | provenance.record(out, about, [out.with_suffix(".jsonl")]))
+    print(f"judge {name}; a = {said['a']}, b = {said['b']}; {report['signature']}")
+    for aspect, row in report["aspects"].items():
+        preferred, leaning = (f"{row[key]:+7.2f} {interval(row['ci95'][key])}" for key in ("difference", "position"))
+        agrees = f"asked again {row['again']:.1f} %, in the other order {row['other_order']:.1f} %; n {report['n']}"
+        print(f"{aspect:12} a - b {preferred}; first - second {leaning}; agrees with itself: {agrees}")
 
 
 def ask_all(pairs: dict[str, tuple], args: argparse.Namespace, name: str, api_key: str) -> Iterator[tuple[str, Any]]:
@@ -79,8 +86,7 @@ def ask_all(pairs: dict[str, tuple], args: argparse.Namespace, name: str, api_ke
         model_args={"max_retries": endpoint.RETRIES, "timeout": args.timeout},
     )  # fmt: skip
 
-    def ask(pair: tuple[str, str, str]) -> dict[str, list]:
-        prompt, a, b = pair
+    def ask(prompt: str, a: str, b: str) -> dict[str, list]:
         found: dict[str, list] = {"original": [], "swapped": [], "unreadable": []}
         for order, first, second in (("original", a, b), ("swapped", b, a)) * 2:
             text = judge.build_prompt(first, second, prompt) + contract.instruction()
@@ -93,4 +99,4 @@ def ask_all(pairs: dict[str, tuple], args: argparse.Namespace, name: str, api_ke
         return found
 
     with ThreadPoolExecutor(args.concurrency) as pool:
-        yield from zip(pairs, pool.map(ask, pairs.values()), strict=True)
+        yield from zip(pairs, pool.map(ask, *zip(*pairs.values(), strict=True)), strict=True)

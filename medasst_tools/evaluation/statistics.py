@@ -6,7 +6,7 @@ paired differences, power); McNemar 1947, exact; Holm 1979; Newcombe 1998 (inter
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 RESAMPLES, SEED = 10_000, 42
@@ -203,8 +203,8 @@ def judged(rows: Sequence[dict[str, Any]], aspects: Sequence[str]) -> dict[str, 
 
     rows: `original` (a stands first) and `swapped`, two verdicts each, {aspect: "first", "second" or "tie"}. Those with fewer
     are counted as incomplete and left out. A row's numbers are percent (points): `difference` (a preferred less b preferred,
-    over both orders) and `position` (first preferred less second), as [mean, low, high] over clusters of prompts; and how often
-    a verdict is the same when asked `again` and in the `other_order`.
+    over both orders) and `position` (first preferred less second), with the `ci95` of both over clusters of prompts; and how
+    often a verdict is the same when asked `again` and in the `other_order`.
     """
     import numpy as np
 
@@ -218,13 +218,11 @@ def judged(rows: Sequence[dict[str, Any]], aspects: Sequence[str]) -> dict[str, 
         )
         a = first * np.array([1, -1])[:, None]
         columns = 100 * np.stack([a, first], axis=-1).mean(axis=(1, 2))
-        intervals = [bounds or [None, None] for bounds in ci95(columns, clusters=clusters)]
-        difference, position = (
-            [float(mean), *bounds] for mean, bounds in zip(columns.mean(axis=0), intervals, strict=True)
-        )
+        difference, position = columns.mean(axis=0).tolist()
         found[aspect] = {
             "difference": difference,
             "position": position,
+            "ci95": dict(zip(("difference", "position"), ci95(columns, clusters=clusters), strict=True)),
             "again": 100 * float((first[:, :, 0] == first[:, :, 1]).mean()),
             "other_order": 100 * float((a[:, 0] == a[:, 1]).mean()),
         }
@@ -232,18 +230,3 @@ def judged(rows: Sequence[dict[str, Any]], aspects: Sequence[str]) -> dict[str, 
     counts = {"n": len(whole), "incomplete": len(rows) - len(whole)}
     said = ",".join(f"{name}:{count}" for name, count in counts.items())
     return counts | {"aspects": found, "signature": f"both-orders-twice,greedy|{said}|{drawn}"}
-
-
-def said_of_judge(report: dict[str, Any]) -> Iterator[str]:
-    """Yield the report of `judged` as lines: one on the judge, one an aspect, with bias and agreement beside the verdict."""
-    yield f"judge {report['judge']}; a = {report['a']}, b = {report['b']}; {report['signature']}"
-    for aspect, row in report["aspects"].items():
-        verdict, leaning = signed(row["difference"]), signed(row["position"])
-        agrees = f"asked again {row['again']:.1f} %, in the other order {row['other_order']:.1f} %"
-        yield f"{aspect:12} a - b {verdict}; first - second {leaning}; agrees with itself: {agrees}; n {report['n']}"
-
-
-def signed(estimate: Sequence[float | None]) -> str:
-    """Return a difference with its interval, [mean, low, high], as it is printed."""
-    mean, *bounds = estimate
-    return f"{mean:+7.2f} " + ("[none: n < 2]" if bounds[0] is None else "[{:+.2f}, {:+.2f}]".format(*bounds))

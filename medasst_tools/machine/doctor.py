@@ -17,7 +17,6 @@ from typing import Any
 
 from medasst_tools import provenance
 from medasst_tools.config import load
-from medasst_tools.data.convert import choose_sources
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import read_json, sha256_of
@@ -162,10 +161,13 @@ def check_folder(folder: Path, names: list[str]) -> Check:
 
 def raw_files_are_there(names: list[str]) -> bool:
     """Say whether the raw file of each of these datasets was downloaded, so that they only wait for the conversion."""
-    try:
-        return set(names) <= {dataset.name for dataset in choose_sources(names, RAW_DIR)}
-    except UserError:
-        return False
+    known = load_datasets()
+    return all(
+        any((RAW_DIR / known[name].corpus.name / file).exists() for file in known[name].files)
+        if name in known
+        else False
+        for name in names
+    )
 
 
 def training_tokens(config: dict[str, Any]) -> tuple[float, str] | None:
