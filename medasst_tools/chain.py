@@ -1,4 +1,4 @@
-"""Verbs one after the other: `medasst train A/train.yaml then predict A/predict.yaml then exam ...`, until one fails.
+"""Verbs one after the other, until one fails; which ones, steps.py says.
 
 Each runs in a forked process of its own, which leaves nothing behind. What they all import, torch and LLaMA-Factory, takes
 longer than the demo's exams; so without a GPU it is imported once, before they are forked. With one it isn't: importing
@@ -13,8 +13,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 
 from medasst_tools import console
@@ -34,18 +33,14 @@ RECORDS: dict[str, Callable[[argparse.Namespace], Path]] = {
 }
 
 
-def split(words: list[str], mark: str) -> Iterator[list[str]]:
-    """Yield the words between the marks."""
-    yield from (list(group) for is_mark, group in groupby(words, lambda word: word == mark) if not is_mark)
-
-
 def run(verbs: list[argparse.Namespace], run_verb: Callable[[argparse.Namespace], int]) -> int:
     """Run the verbs until one fails, and return its exit status, else 0."""
-    if sum(is_to_do(args) for args in verbs) > 1 and not shutil.which("nvidia-smi"):
-        preload()
+    heavy = [args for args in verbs if is_to_do(args)]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         for args in verbs:
+            if args in heavy[:1] and len(heavy) > 1 and not shutil.which("nvidia-smi"):
+                preload()
             if status := run_forked(args, run_verb):
                 return status
     finally:
@@ -73,7 +68,8 @@ def run_forked(args: argparse.Namespace, run_verb: Callable[[argparse.Namespace]
 def is_to_do(args: argparse.Namespace) -> bool:
     """Say whether a verb has never been done that needs LLaMA-Factory. One that is done and stale imports it by itself."""
     try:
-        return args.verb in RECORDS and not RECORDS[args.verb](args).is_file()
+        looks_only = getattr(args, "check", False)
+        return args.verb in RECORDS and not looks_only and not RECORDS[args.verb](args).is_file()
     except Exception:  # a config that can't be read: the verb itself says what is wrong, when it is its turn
         return False
 

@@ -12,11 +12,9 @@ import signal
 import sys
 from collections.abc import MutableMapping
 
-from medasst_tools import chain
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.language import said, word
 
-THEN = "then"  # between verbs that run one after the other
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 # {verb: (its module in medasst_tools, what it is for)}
@@ -40,6 +38,7 @@ VERBS = {
     "export": ("serving.export", "an adapter merged into its base, with a model card and a checked Modelfile"),
     "safety": ("evaluation.safety", "what a model says to red flags, false premises, requests for prescriptions"),
     "report": ("report.page", "everything in results/ beside the paper's tables"),
+    "steps": ("steps", "what a target of the Makefile stands for: an experiment's verbs in their order"),
 }  # fmt: skip
 
 
@@ -84,7 +83,7 @@ def fit_proxies(environment: MutableMapping[str, str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb, or several with the word `then` between them; return the exit status of the last that ran.
+    """Run the verb that was typed and return its exit status.
 
     0 done, 1 a check failed, 2 a user's mistake, 130 interrupted.
     """
@@ -93,8 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("USER", str(os.getuid()))  # torch asks for a name, which a container's user id needn't have
     fit_proxies(os.environ)
-    verbs = [parse(words) for words in chain.split(argv, THEN)] or [parse([])]
-    return run_verb(verbs[0]) if len(verbs) == 1 else chain.run(verbs, run_verb)
+    return run_verb(parse(argv))
 
 
 def run_verb(args: argparse.Namespace) -> int:

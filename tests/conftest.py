@@ -93,9 +93,7 @@ def copy_project(target: Path, change: Callable[[Path], None] = lambda folder: N
 def make_environment(project: Path) -> dict[str, str]:
     """Return the environment in which make in a copy runs the copy's own medasst_tools, not the installed tree's."""
     # `make test ARGS=...` hands its variables to every make below it, by the environment too
-    names = (
-        "MAKEFLAGS MAKEOVERRIDES MAKELEVEL MFLAGS ARGS EXPERIMENT RAW EXAMS SHOTS BACKEND API_BASE RESTART V API_ARGS"
-    )
+    names = "MAKEFLAGS MAKEOVERRIDES MAKELEVEL MFLAGS ARGS EXPERIMENT EXPERIMENTS RAW EXAMS SHOTS BACKEND API_BASE RESTART V"
     of_the_outer_make = names.split()
     kept = {key: value for key, value in os.environ.items() if key not in of_the_outer_make}
     return kept | {"PYTHONPATH": str(project), "PYTHON": sys.executable}

@@ -11,25 +11,11 @@ import time
 import pytest
 from conftest import ROOT
 
-from medasst_tools import chain, cli
+from medasst_tools import chain
 
 
 def verbs(*names: str) -> list[argparse.Namespace]:
     return [argparse.Namespace(verb=name) for name in names]
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["a", "b", "then", "c"], [["a", "b"], ["c"]]),
-        (["a", "then"], [["a"]]),
-        (["then", "a", "then", "then", "c"], [["a"], ["c"]]),
-        (["a"], [["a"]]),
-        ([], []),
-    ],
-)
-def test_the_words_of_each_verb(words, expected):
-    assert list(chain.split(words, "then")) == expected
 
 
 def test_each_verb_runs_in_a_process_of_its_own_until_one_fails(tmp_path):
@@ -43,17 +29,6 @@ def test_each_verb_runs_in_a_process_of_its_own_until_one_fails(tmp_path):
     assert (tmp_path / "log").read_text().splitlines() == ["a there True", "b there True"]
     assert chain.run(verbs("a"), lambda args: os.kill(os.getpid(), signal.SIGKILL)) == 137
     del os.environ["MEDASST_CHAIN_TEST"]
-
-
-def test_through_the_command(monkeypatch, capfd):
-    monkeypatch.chdir(ROOT)
-    assert cli.main(["render", "--check", "then", "doctor", "nope", "then", "render", "--check"]) == 2
-    captured = capfd.readouterr()
-    assert captured.out.count("0 stale") == 1 and "no experiment 'nope'" in captured.err
-    with pytest.raises(SystemExit, match="2"):  # a typo in the last is said before the first runs
-        cli.main(["render", "--check", "then", "rendr"])
-    assert capfd.readouterr().out == ""
-    assert cli.main(["render", "--check", "then"]) == 0
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -96,16 +71,20 @@ def test_what_is_done_is_not_prepared_for(tmp_path):
     assert not chain.is_to_do(training)
     assert not chain.is_to_do(argparse.Namespace(verb="train", config=tmp_path / "nowhere.yaml"))
     assert not chain.is_to_do(argparse.Namespace(verb="score"))
+    exam = argparse.Namespace(verb="exam", out=tmp_path, check=False)
+    assert chain.is_to_do(exam) and not chain.is_to_do(argparse.Namespace(**vars(exam) | {"check": True}))
 
 
 def test_a_forked_training_is_llamafactorys_bit_for_bit(tiny_run):
     """Two in one call, whose LLaMA-Factory is imported once, against one that starts llamafactory-cli."""
     folder = tiny_run.parent
     words = {name: [str(tiny_run), f"output_dir={folder}/{name}", "max_steps=6"] for name in ("cli", "one", "two")}
-    medasst = [sys.executable, "-m", "medasst_tools.cli"]
-    calls = [["train", *words["cli"]], ["train", *words["one"], "then", "train", *words["two"]]]
+    chained = "import sys; from medasst_tools import chain, cli; words = sys.argv[1:]; "
+    chained += "sys.exit(chain.run([cli.parse(one.split()) for one in words], cli.run_verb))"
+    verbs = {name: ["train", *overridden] for name, overridden in words.items()}
+    calls = [["-m", "medasst_tools.cli", *verbs["cli"]], ["-c", chained, *map(" ".join, (verbs["one"], verbs["two"]))]]
     for call in calls:
-        run = subprocess.run([*medasst, *call], cwd=ROOT, capture_output=True, text=True, check=False)
+        run = subprocess.run([sys.executable, *call], cwd=ROOT, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
         assert "***** Running training" not in run.stdout + run.stderr
     weights = {name: (folder / name / "adapter_model.safetensors").read_bytes() for name in words}

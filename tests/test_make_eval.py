@@ -8,8 +8,6 @@ import subprocess
 import pytest
 from conftest import ROOT, run_make
 
-from medasst_tools import chain, cli
-
 pytestmark = pytest.mark.end_to_end
 METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 RECORDS = {
@@ -178,9 +176,6 @@ def test_a_model_that_is_there_needs_neither_corpora_nor_training(another):
 def test_exams_are_looked_at_before_anything_is_trained(another):
     (another / "exams").mkdir()
     (another / "exams/ceval-exam.zip").write_bytes(b"no archive")
-    calls = make_with_words(another, "eval", "EXAMS=exams", "EXPERIMENTS=demo")
-    verbs = [words[0] for words in calls]
-    assert "--check" in calls[verbs.index("exam")] and verbs.index("exam") < verbs.index("train")
     said = refused(another, "eval", "EXAMS=exams")
     assert "cmmlu_v1_0_1.zip" in said and "saves/demo: up to date" not in said
     said = run_make(another, "eval", "EXAMS=nowhere").stdout
@@ -196,41 +191,14 @@ def test_clean_removes_only_what_the_demo_made(another):
     assert (another / "results/medasst").is_dir()
 
 
-def make_with_words(project, *words: str) -> list[list[str]]:
-    """Run make with a `medasst` that only writes down when it began and ended, and with what; return the words of each verb."""
-    log, fake = project / "calls", project / "fake"
+def test_many_jobs_are_done_one_after_the_other(another):
+    """`make -j4 train eval`: each begins when the one before has ended."""
+    log, fake = another / "calls", another / "fake"
     fake.write_text(f'#!/bin/sh\necho "begin $*" >> {log}; sleep 0.2; echo "end $*" >> {log}\n')
     fake.chmod(0o755)
-    log.unlink(missing_ok=True)
-    run_make(project, *words, f"MEDASST={fake}")
-    lines = log.read_text().splitlines()
-    assert [line.removeprefix("begin ") for line in lines[::2]] == [line.removeprefix("end ") for line in lines[1::2]]
-    return [words for line in lines[::2] for words in chain.split(line.split()[1:], cli.THEN)]
-
-
-def test_many_jobs_are_done_one_after_the_other(another):
-    """`make -j4 eval`: each begins when the one before has ended."""
-    verbs = [words[0] for words in make_with_words(another, "-j4", "eval")]
-    assert verbs.count("train") == 3  # the demo's base for itself and below the demo
-    assert verbs[-1] == "report"
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["data"], "--raw-dir dataset_info/samples/raw --out-dir data/demo --max-rejects 0.1"),
-        (["data", "RAW=data/raw"], "--raw-dir data/raw --out-dir data/demo --max-rejects 0.01"),
-        (["data", "EXPERIMENT=medasst"], "--raw-dir data/raw --out-dir data/full --max-rejects 0.01"),
-    ],
-)
-def test_data_goes_where_the_experiment_reads(another, words, expected):
-    assert " ".join(make_with_words(another, *words)[-1][1:]) == expected
-
-
-def test_the_config_says_where_the_data_is(another):
-    config = another / "factory_configs/demo/predict.yaml"
-    config.write_text(config.read_text(encoding="utf-8").replace("data/demo", "data/mine"), encoding="utf-8")
-    assert "--out-dir data/mine" in " ".join(make_with_words(another, "data")[-1])
+    run_make(another, "-j4", "train", "eval", "report", f"MEDASST={fake}")
+    calls = [f"{when} {words}" for words in ("steps train", "steps eval", "report") for when in ("begin", "end")]
+    assert log.read_text().splitlines() == calls
 
 
 def test_make_alone_lists_the_targets():

@@ -1,7 +1,6 @@
 """Preference pairs: read, counted, cleaned, bundled; DPO on a finished SFT, which is killed, resumed and chained as any training."""
 
 import json
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -120,16 +119,6 @@ def test_what_is_trained_and_what_answers(name):
         assert (
             config["adapter_name_or_path"] == f"saves/{name},saves/{name}_dpo" and "create_new_adapter" not in config
         )
-
-
-def test_make_eval_evaluates_both_asks_both_and_compares():
-    words = ["make", "-n", "eval", "EXPERIMENT=demo_dpo", f"PYTHON={ROOT}/.venv/bin/python"]
-    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    verbs = [
-        f"{verb} factory_configs/{name}/" for name in ("demo", "demo_dpo") for verb in ("train", "predict", "safety")
-    ]
-    places = [said.index(words) for words in [*verbs, "then report", "medasst compare results/demo results/demo_dpo"]]
-    assert places == sorted(places)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
