@@ -22,7 +22,6 @@ ifneq ($(filter demo% smollm2%,$(EXPERIMENT)),)
   export HF_HUB_OFFLINE ?= 1# no hub is meant: a wrong path fails at once
 endif
 # Chinese where medasst's messages are: medasst_tools/language.py
-comma := ,
 ZH := $(filter zh%,$(firstword $(MEDASST_LANG) $(LC_ALL) $(LC_MESSAGES) $(LANG)))
 ifeq ($(wildcard medasst_tools/cli.py),)
   $(error $(if $(ZH),请在项目目录下运行 make（make -C 目录）,run make in the project's folder (make -C FOLDER)))
@@ -42,14 +41,7 @@ help: ## list the targets ## 列出所有目标
 
 # ---- environment, configs, data
 setup: ## install everything, pinned, into .venv, from pip's mirror if it has one (EXTRAS=gpu,qlora,distributed) ## 把固定版本的依赖装进 .venv；pip 配了镜像就用镜像（EXTRAS=gpu,qlora,distributed）
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "make: $(if $(ZH),PYTHON 为 '$(PYTHON)'，应为 Python 3.11 或更新版本；可试 make PYTHON=python3.12,PYTHON is '$(PYTHON)', must be Python 3.11 or newer; try make PYTHON=python3.12)" >&2; exit 2; }
-	@test -x .venv/bin/uv || { $(PYTHON) -m venv .venv && .venv/bin/pip install --quiet --constraint constraints.txt uv; }
-	@mirror=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(.venv/bin/pip config get global.index-url 2>/dev/null || true)}}; \
-	if [ ! -x .venv/bin/medasst ]; then echo "$(if $(ZH),正在安装到 .venv：5.8 GB，首次需要几分钟$${mirror:+，使用 pip 或 uv 所设的镜像},Installing into .venv: 5.8 GB, minutes the first time$${mirror:+, from the mirror that pip or uv is set to})"; \
-	  if [ -t 2 ]; then (while sleep 2; do printf '\r%6s MB ' "$$(du -sm .venv | cut -f1)" >&2; done) & trap "kill $$!" EXIT; fi; fi; \
-	install="$${mirror:+env UV_DEFAULT_INDEX=$$mirror} .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt"; \
-	$$install -r pyproject.toml --extra dev $(patsubst %,--extra %,$(subst $(comma), ,$(EXTRAS))); \
-	test -x .venv/bin/medasst || $$install --no-deps --editable .
+	@PYTHON="$(PYTHON)" ./install.sh $(EXTRAS)
 
 constraints: setup ## pin every package anew into constraints.txt, for all supported Pythons ## 重新固定 constraints.txt 里的全部版本，适用于所有支持的 Python
 	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade --no-emit-index-url --no-header --no-annotate pyproject.toml --output-file constraints.txt

@@ -45,11 +45,18 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no {path}; run this in the project's folder, or see that the name is right") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds, read by libyaml, which is ten times as fast; yaml.YAMLError if it isn't YAML."""
+    import yaml
+
+    return yaml.load(text, Loader=yaml.CSafeLoader)
 
 
 def load(path: Path, overrides: Iterable[str] = (), kind: str = "train") -> dict[str, Any]:

@@ -7,6 +7,7 @@ because it would silently do nothing; LLaMA-Factory's parser refuses the setting
 """
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -92,8 +93,7 @@ def render_all(experiments_yaml: Path) -> dict[Path, str]:
 def faults_of(texts: dict[str, str]) -> Iterator[str]:
     """Yield what LLaMA-Factory wouldn't take of rendered configs, and warn of a template that isn't the base's family's."""
     for text in texts.values():
-        config = yaml.safe_load(text)
-        yield from configs.faults(config)
+        yield from configs.faults(configs.parse_yaml(text))
 
 
 def load_experiments(path: Path) -> dict[str, Any]:
@@ -149,6 +149,7 @@ def _check_settings(where: str, settings: dict[str, Any]) -> None:
             raise UserError(f"{where}.{key} is {setting!r}, must be [value, reason]")
 
 
+@functools.cache  # its templates stay compiled
 def template_environment(**filters: Any) -> Any:
     """Return jinja2's environment of templates/: a name that isn't there is an error, and a block's line leaves none."""
     import jinja2

@@ -53,7 +53,7 @@ def written(folder) -> dict:
 
 # ---- the first time -------------------------------------------------------------------------------------------------
 def test_a_killed_training_goes_on(evaluated):
-    assert "trained 150 steps" not in evaluated["killed"]
+    assert "trained 75 steps" not in evaluated["killed"]
     assert "saves/demo_base: going on from step" in evaluated["eval"]
 
 

@@ -90,7 +90,7 @@ def test_the_verbs_of_a_target(monkeypatch, target, variables, expected):
 
 
 @pytest.mark.parametrize(
-    ("experiment", "evaluated", "last"),
+    ("experiment", "names", "last"),
     [
         ("demo", ["demo_base", "demo"], ["report"]),
         ("demo_base", ["demo_base"], ["report"]),
@@ -99,7 +99,7 @@ def test_the_verbs_of_a_target(monkeypatch, target, variables, expected):
         ("qwen2_7b", ["qwen2_7b"], ["report"]),
     ],
 )
-def test_eval_is_everything_in_its_order(monkeypatch, experiment, evaluated, last, capsys):
+def test_eval_is_everything_in_its_order(monkeypatch, experiment, names, last, capsys):
     exams = Path("dataset_info/samples/exams")
     exams.mkdir(parents=True)
     found = verbs("eval", monkeypatch, EXPERIMENT=experiment)
@@ -108,7 +108,7 @@ def test_eval_is_everything_in_its_order(monkeypatch, experiment, evaluated, las
     asked = data == "data/demo"
     assert found[1] == f"{examined(experiment)} --check" or not asked  # before anything is trained
     places = []
-    for name in evaluated:
+    for name in names:
         wanted = [words + " --more-samples-will-do" for words in trained(name) if steps.is_trained(name)]
         wanted += [
             predicted(name),
@@ -119,7 +119,7 @@ def test_eval_is_everything_in_its_order(monkeypatch, experiment, evaluated, las
         places += [next(i for i, words in enumerate(found) if words.startswith(one) and i > asked) for one in wanted]
     assert places == sorted(places)
     assert found[-len(last) :] == last
-    assert sum(words.startswith("predict") for words in found) == len(evaluated)
+    assert sum(words.startswith("predict") for words in found) == len(names)
     assert ("no exams in data/exams: not run" in capsys.readouterr().out) == (not asked)
 
 
