@@ -14,7 +14,9 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from medasst_tools import console
 from medasst_tools.config import read_yaml
@@ -63,6 +65,18 @@ def run_forked(args: argparse.Namespace, run_verb: Callable[[argparse.Namespace]
         raise
     status = child.exitcode or 0
     return status if status >= 0 else 128 - status
+
+
+def aside(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns that lets torch compute, before this process is forked.
+
+    It runs in a fork of its own: a process in which torch's threads have worked can't be forked any more, because
+    OpenMP (GNU's) waits in its child for threads that aren't there.
+    """
+    if not preloaded():
+        return function(*arguments)
+    with ProcessPoolExecutor(1, mp_context=FORK) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def is_to_do(args: argparse.Namespace) -> bool:

@@ -140,7 +140,7 @@ def train(config: dict[str, Any], launch: Launch, about: dict[str, Any], lock: i
     output_dir = Path(config["output_dir"])
     # of several machines with a folder each, none holds the random states of all processes
     processes = None if config.get("save_on_each_node") else launch.processes
-    step = agree_on_step(launch, lambda: checkpoints.whole_steps(output_dir, processes))
+    step = agree_on_step(launch, lambda: chain.aside(checkpoints.whole_steps, output_dir, processes))
     note = begin(output_dir, about, step, launch.processes)
     last = output_dir / f"checkpoint-{step}"
     if step is not None and checkpoints.is_last_step(last):
