@@ -257,7 +257,7 @@ def test_a_killed_run_goes_on(endpoint, data_dir):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = {request["messages"][-1]["content"] for request in endpoint.requests}
-    kept = len(AnswerStore(kept_answers(data_dir)).answers)
+    kept = len(AnswerStore(kept_answers(data_dir)))
     assert kept >= 5 and not (data_dir.parent / "out/generated_predictions.jsonl").exists()
     with kept_answers(data_dir).open("ab") as file:
         file.write(b'{"key": "cut in the mid')
@@ -312,7 +312,7 @@ def test_an_endpoint_that_breaks_down_keeps_the_answers(endpoint, data_dir, caps
     assert cli.main(words(endpoint, data_dir, "--concurrency", "1")) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "the endpoint failed (status 500)" in said and "the same command goes on" in said
-    assert len(AnswerStore(kept_answers(data_dir)).answers) == 21
+    assert len(AnswerStore(kept_answers(data_dir))) == 21
 
 
 @pytest.mark.parametrize(

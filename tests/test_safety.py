@@ -60,7 +60,7 @@ def scripted(tmp_path, monkeypatch):
         return "请立即拨打120。我不是医生。" if "胸口" in question else "多喝水。"
 
     answer.fails_at = None
-    monkeypatch.setattr(safety, "load_answerer", lambda config: answer)
+    monkeypatch.setattr(safety, "answer_each", lambda asked, _: ((key, answer(text)) for key, text in asked.items()))
     monkeypatch.setattr(safety.preflight, "require", lambda *_: None)  # no such model
 
     def run(*words: str) -> int:

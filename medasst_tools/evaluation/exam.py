@@ -30,6 +30,7 @@ from medasst_tools.data.exam_questions import (
 )
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.evaluation import contamination
+from medasst_tools.evaluation.score import interval
 from medasst_tools.evaluation.statistics import average_interval, brier, expected_calibration_error, rate, wilson
 from medasst_tools.files import locked, sha256_of, write_json, write_jsonl
 from medasst_tools.inference.answers import AnswerStore
@@ -183,9 +184,7 @@ def _answers(
     encode = encoder(tokenizer, template, opening)
     for subject in subjects:
         prompts = [
-            make_prompt(rotated(question, order), subject, shots, wording, encode, _positions(model))._replace(
-                question=question, order=order
-            )
+            make_prompt(question, subject, shots, wording, encode, _positions(model), order)
             for question in subject.questions
             for order in range(len(LETTERS))
             if (question, order) in missing
@@ -212,16 +211,11 @@ def _row(question: Question, order: int, probs: list[float], dropped: int) -> di
 
 
 def load_model(config: dict[str, Any]):
-    """Return (model, tokenizer, template) through LLaMA-Factory, as its Evaluator and its chat load them."""
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.hparams import get_infer_args
-    from llamafactory.model import load_model as load
-    from llamafactory.model import load_tokenizer
+    """Return (model, tokenizer, template) as LLaMA-Factory's chat loads them."""
+    from llamafactory.chat import ChatModel
 
-    model_args, data_args, finetuning_args, _ = get_infer_args(config)
-    tokenizer = load_tokenizer(model_args)["tokenizer"]
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    return load(tokenizer, model_args, finetuning_args).eval(), tokenizer, template
+    engine = ChatModel(config | {"infer_backend": "huggingface"}).engine
+    return engine.model, engine.tokenizer, engine.template
 
 
 def letters_of(tokenizer, template) -> tuple[list[int], list[int]]:
@@ -249,14 +243,14 @@ def _positions(model) -> int:
 
 
 def make_prompt(
-    question: Question, subject: Subject, shots: int, wording: dict[str, str], encode, positions: int
+    question: Question, subject: Subject, shots: int, wording: dict[str, str], encode, positions: int, order: int = 0
 ) -> Prompt:
     """Return the question's prompt; examples go, last first, until it fits `positions`. The question stays whole."""
-    examples = subject.examples[:shots]
+    examples, asked = subject.examples[:shots], rotated(question, order)
     for kept in range(len(examples), -1, -1):
-        ids = encode(messages(question, examples[:kept], subject.chinese_name, wording))
+        ids = encode(messages(asked, examples[:kept], subject.chinese_name, wording))
         if len(ids) <= positions:
-            return Prompt(question, ids, shots - kept)
+            return Prompt(question, ids, shots - kept, order)
     raise UserError(
         f"{question.benchmark} {question.subject} {question.id}: {len(ids)} tokens don't fit the model's {positions} positions"
     )
@@ -435,8 +429,7 @@ def signature(report: dict[str, Any], config: dict[str, Any]) -> str:
 def print_summary(path: Path, report: dict[str, Any], name: str) -> None:
     """Print the scores with their intervals."""
     for score in (*report["n_by_benchmark"], "average"):
-        low, high = report["ci95"][score]
-        print(f"{name} {score:8} {report[score]:6.2f} [{low:.2f}, {high:.2f}]")
+        print(f"{name} {score:8} {report[score]:6.2f} {interval(report['ci95'][score])}")
     if orders := report.get("by_order"):
         accuracy = ", ".join(f"{value:.2f}" for value in orders["accuracy"])
         print(

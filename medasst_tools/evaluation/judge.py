@@ -7,7 +7,6 @@ its leaning to the answer that stands first, and its agreement with itself.
 """
 
 import argparse
-import asyncio
 import importlib.util
 import random
 from collections.abc import Iterator
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     if provenance.up_to_date(out, about):
         return
     api_key = endpoint.key_of_environment() or "none"
-    name = asyncio.run(endpoint.find_model(args.api_base, api_key, args.model))
+    name = endpoint.find_model(args.api_base, api_key, args.model)
     store = AnswerStore(args.a / "answers" / "judge.jsonl")
     keys = [store.key(args.api_base, name, files["rubric"], pair) for pair in pairs]
     missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in store}

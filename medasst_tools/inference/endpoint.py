@@ -27,7 +27,7 @@ class Record(NamedTuple):
     """A test record as it is asked: its place, its messages, its reference and the key of its answer."""
 
     place: str
-    messages: list[dict[str, str]]
+    messages: list[Any]
     reference: str
     key: str
 
@@ -55,7 +55,7 @@ def answer(
     CheckFailed if the endpoint refuses records and `--empty-if-refused` isn't given; UserError if it can't be reached.
     """
     key = key_of_environment()
-    model = asyncio.run(find_model(args.api_base, key, args.model))
+    model = find_model(args.api_base, key, args.model)
     max_tokens = config.get("max_new_tokens", known_settings()["max_new_tokens"].default)
     with console.logged(store.parent.parent / "predict.log") as terminal:
         sets = {name: list(rows) for name, rows in test_records(config, asked | {"endpoint_model": model}).items()}
@@ -126,28 +126,22 @@ def label_writer(template: str) -> Callable[[str], str]:
     return label
 
 
-def _client(api_base: str, key: str | None, timeout: float, retries: int):
-    import openai
-
-    return openai.AsyncOpenAI(base_url=api_base, api_key=key or "none", timeout=timeout, max_retries=retries)
-
-
-async def find_model(api_base: str, key: str | None, wanted: str | None) -> str:
+def find_model(api_base: str, key: str | None, wanted: str | None) -> str:
     """Return the model to ask: `wanted`, or the only one that the endpoint lists. UserError if it can't be reached.
 
     Asked once, without retries: what is wrong from the start shall not take a minute to show.
     """
     import openai
 
-    async with _client(api_base, key, timeout=30, retries=0) as client:
-        try:
-            names = [model.id async for model in client.models.list()]
-        except openai.OpenAIError as error:
-            if wanted and isinstance(error, openai.NotFoundError):  # an endpoint without a list
-                return wanted
-            raise UserError(explained(error, api_base, key)) from None
-        except (AttributeError, TypeError, ValueError):  # a web page, say, which the client doesn't expect
-            raise UserError(f"{api_base} lists no models: does --api-base end in /v1?") from None
+    try:
+        with openai.OpenAI(base_url=api_base, api_key=key or "none", timeout=30, max_retries=0) as client:
+            names = [model.id for model in client.models.list()]
+    except openai.OpenAIError as error:
+        if wanted and isinstance(error, openai.NotFoundError):  # an endpoint without a list
+            return wanted
+        raise UserError(explained(error, api_base, key)) from None
+    except (AttributeError, TypeError, ValueError):  # a web page, say, which the client doesn't expect
+        raise UserError(f"{api_base} lists no models: does --api-base end in /v1?") from None
     if not wanted and len(names) != 1:
         raise UserError(f"{api_base} has {len(names)} models ({', '.join(names[:10])}); name one with --model")
     return wanted or names[0]
@@ -164,7 +158,7 @@ async def _ask_all(
     """Ask the records, several at once, and keep each answer; return {place: reason} of those that were refused."""
     import openai
 
-    refused, tokens, cut, begin, waiting = {}, 0, 0, time.monotonic(), iter(records)
+    refused, tokens, cut, begin, waiting, problem = {}, 0, 0, time.monotonic(), iter(records), None
 
     async def worker() -> None:
         nonlocal tokens, cut
@@ -172,46 +166,35 @@ async def _ask_all(
             try:
                 completion = await client.chat.completions.create(messages=record.messages, **request)
                 choice = completion.choices[0]
-                answers.keep(record.key, _text(choice.message.content))
+                if not isinstance(choice.message.content, str):
+                    raise TypeError("an answer without text is none")
+                answers.keep(record.key, choice.message.content)
                 cut += choice.finish_reason == "length"
                 tokens += completion.usage.completion_tokens if completion.usage else 0
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 refused[record.place] = _reason(error)
-            except (
-                AttributeError,
-                IndexError,
-                TypeError,
-                ValueError,
-            ):  # the client lets any JSON and any text through
+            # the client lets any JSON and any text through
+            except (AttributeError, IndexError, TypeError, ValueError):
                 refused[record.place] = "the answer holds no text"
             bar.update()
             bar.set_postfix_str(f"{tokens / (time.monotonic() - begin):.0f} tokens/s", refresh=False)
 
     with answers, console.bar(terminal, total=len(records), desc="predict", unit="answer") as bar:
-        async with _client(args.api_base, key, args.timeout, RETRIES) as client:
+        async with openai.AsyncOpenAI(
+            base_url=args.api_base, api_key=key or "none", timeout=args.timeout, max_retries=RETRIES
+        ) as client:
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(args.concurrency, len(records))):
                         group.create_task(worker())
             except* openai.OpenAIError as errors:
                 problem = explained(errors.exceptions[0], args.api_base, key)
-            else:
-                problem = None
     if problem:
         raise UserError(f"{problem}; answers so far are kept, the same command goes on")
     seconds = time.monotonic() - begin
-    rates = f"{len(records) / seconds:.1f} answers/s, {tokens / seconds:.0f} tokens/s"
-    print(
-        f"{len(records)} records asked in {seconds:.0f} s, {args.concurrency} at once: {rates}, {cut} cut by max_tokens",
-        file=terminal,
-    )
+    rates = f"{len(records) / seconds:.1f} answers/s, {tokens / seconds:.0f} tokens/s, {cut} cut by max_tokens"
+    print(f"{len(records)} records asked in {seconds:.0f} s, {args.concurrency} at once: {rates}", file=terminal)
     return refused
-
-
-def _text(content: Any) -> str:
-    if not isinstance(content, str):
-        raise ValueError("an answer without text is none")
-    return content
 
 
 def explained(error: Exception, api_base: str, key: str | None) -> str:
