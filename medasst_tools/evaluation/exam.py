@@ -68,8 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Ask every question that isn't answered yet and write the results."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}, must be 1 or more")
     protocol = load_protocol()
     name = args.prompt or next(iter(protocol["prompts"]))
     if name not in protocol["prompts"]:

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from medasst_tools import __version__, provenance
-from medasst_tools.config import load
+from medasst_tools.config import load, read_yaml
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation.safety_rules import Rules, load_rules
 from medasst_tools.evaluation.score import interval
@@ -65,8 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Ask what isn't answered yet, count, and write."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}, must be 1 or more")
     rules = load_rules()
     sets = args.sets or [PROMPTS]
     categories = [category for path in sets for category in load_categories(path, rules, args.limit)]
@@ -110,18 +106,12 @@ def made_of(config: dict[str, Any], questions: dict[str, str], rules: Rules, lim
 def load_categories(path: Path, rules: Rules, limit: int | None) -> list[Category]:
     """Return a file's questions by category; UserError if it is no set of questions."""
     try:
-        text = path.read_text(encoding="utf-8")
         # JSON is YAML too, but its reader is a hundred times as fast
-        source = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except FileNotFoundError:
-        raise UserError(f"no {path}; give --set a file of questions, or leave it out") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} can't be read: {' '.join(str(error).split())}") from None
-    if isinstance(source, list):  # CMtMedQA's raw test file
-        questions = [record.get("instruct") for record in source if isinstance(record, dict)]
-        prompts = {str(at): question.strip() for at, question in enumerate(questions) if isinstance(question, str)}
-        source = {"categories": {"cmtmedqa": CMTMEDQA | {"prompts": prompts}}}
-    try:
+        source = json.loads(path.read_bytes()) if path.suffix == ".json" else read_yaml(path)
+        if isinstance(source, list):  # CMtMedQA's raw test file
+            questions = [record.get("instruct") for record in source if isinstance(record, dict)]
+            prompts = {str(at): question.strip() for at, question in enumerate(questions) if isinstance(question, str)}
+            source = {"categories": {"cmtmedqa": CMTMEDQA | {"prompts": prompts}}}
         return [_category(name, entry, rules, limit) for name, entry in source["categories"].items()]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(

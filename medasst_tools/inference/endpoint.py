@@ -188,13 +188,18 @@ async def _ask_all(
                     for _ in range(min(args.concurrency, len(records))):
                         group.create_task(worker())
             except* openai.OpenAIError as errors:
-                problem = explained(errors.exceptions[0], args.api_base, key)
+                problem = given_up(errors.exceptions[0], args.api_base, key)
     if problem:
-        raise UserError(f"{problem}; answers so far are kept, the same command goes on")
+        raise problem
     seconds = time.monotonic() - begin
     rates = f"{len(records) / seconds:.1f} answers/s, {tokens / seconds:.0f} tokens/s, {cut} cut by max_tokens"
     print(f"{len(records)} records asked in {seconds:.0f} s, {args.concurrency} at once: {rates}", file=terminal)
     return refused
+
+
+def given_up(error: Exception, api_base: str, key: str | None) -> UserError:
+    """Return what to raise where an error ends the asking."""
+    return UserError(f"{explained(error, api_base, key)}; answers so far are kept, the same command goes on")
 
 
 def explained(error: Exception, api_base: str, key: str | None) -> str:

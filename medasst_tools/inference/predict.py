@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from medasst_tools import console, provenance
 from medasst_tools.config import load
-from medasst_tools.errors import CheckFailed, UserError
+from medasst_tools.errors import CheckFailed
 from medasst_tools.files import atomic_writer, locked, write_json
 from medasst_tools.inference.answers import AnswerStore
 from medasst_tools.machine import hardware, preflight
@@ -58,8 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer what isn't answered yet and write the predictions."""
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, must be 1 or more")
     config = load(args.config, args.overrides, "predict")
     out = Path(config["output_dir"])
     run_of_model = provenance.check_model(config, args.config)

@@ -20,9 +20,8 @@ SHOWN_ANSWERS = 3  # best, and as many worst
 def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dict[str, Any]:
     """Return what the steps wrote in an experiment's folders; a missing file is None or empty, a stale one is in `stale` instead."""
     found = {kind: read_json(results / f"{kind}.json") for kind in ("scores", "exam", "safety")}
-    stale = {}
-    for kind, reason in why_stale(name, found, results, configs):
-        found[kind], stale[kind] = None, reason
+    stale = dict(why_stale(name, found, results, configs))
+    found |= dict.fromkeys(stale)
     config = _config(configs / "predict.yaml", "predict")
     data_dir = config.get("dataset_dir")
     run = provenance.read_run(saves)
