@@ -300,16 +300,14 @@ def _probabilities(model, suffixes: list[list[int]], cache, letter_ids: list[int
     """Return the float32 softmax over the letters at each sequence's last position; right padding, so positions are true."""
     import torch
 
-    lengths = torch.tensor([len(suffix) for suffix in suffixes])
-    width, past = int(lengths.max()), 0
-    ids = torch.full((len(suffixes), width), pad_id)
-    for row, suffix in enumerate(suffixes):
-        ids[row, : len(suffix)] = torch.tensor(suffix)
+    lengths, past = torch.tensor([len(suffix) for suffix in suffixes]), 0
+    rows = [torch.tensor(suffix) for suffix in suffixes]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     if cache is not None:
         past = cache.get_seq_length()
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(suffixes))
-    mask = (torch.arange(past + width)[None, :] < past + lengths[:, None]).long()
+    mask = (torch.arange(past + ids.shape[1])[None, :] < past + lengths[:, None]).long()
     kept, place = torch.unique(lengths - 1, return_inverse=True)  # only the positions where some sequence ends
     logits = model(
         input_ids=ids.to(model.device),

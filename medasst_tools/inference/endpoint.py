@@ -11,7 +11,6 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -58,7 +57,7 @@ def answer(
     model = find_model(args.api_base, key, args.model)
     max_tokens = config.get("max_new_tokens", known_settings()["max_new_tokens"].default)
     with console.logged(store.parent.parent / "predict.log") as terminal:
-        sets = {name: list(rows) for name, rows in test_records(config, asked | {"endpoint_model": model}).items()}
+        sets = test_records(config, asked | {"endpoint_model": model})
         records = [record for rows in sets.values() for record in rows]
         answers = AnswerStore(store)
         missing = {record.key: record for record in records if record.key not in answers}
@@ -76,18 +75,16 @@ def answer(
                 f"the endpoint refused {len(refused)} of {len(records)} records, first {place}: {reason}; the other answers "
                 f"are kept; --empty-if-refused gives these an empty answer"
             )
-        label = label_writer(config["template"])
-        rows = [_row(record, answers, label) for record in records]
+        rows = [_row(record, answers, config["template"]) for record in records]
     return rows, {name: len(members) for name, members in sets.items()}
 
 
-def _row(record: Record, answers: AnswerStore, label: Callable[[str], str]) -> dict[str, str]:
+def _row(record: Record, answers: AnswerStore, template: str) -> dict[str, str]:
     prompt = "\n".join(f"{message['role']}: {message['content']}" for message in record.messages)
-    predict = answers.get(record.key, "")
-    return {"prompt": prompt, "predict": predict, "label": label(record.reference)}
+    return {"prompt": prompt, "predict": answers.get(record.key, ""), "label": label_of(record.reference, template)}
 
 
-def test_records(config: dict[str, Any], asked: dict[str, Any]) -> dict[str, Iterator[Record]]:
+def test_records(config: dict[str, Any], asked: dict[str, Any]) -> dict[str, list[Record]]:
     """Return {dataset: its records in order}, read and aligned by LLaMA-Factory whatever their format is."""
     from llamafactory.data.loader import _get_merged_dataset
     from llamafactory.hparams import get_train_args
@@ -95,20 +92,19 @@ def test_records(config: dict[str, Any], asked: dict[str, Any]) -> dict[str, Ite
     model_args, data_args, training_args, *_ = get_train_args(dict(config))
     names = data_args.eval_dataset
     sets = _get_merged_dataset(names, model_args, data_args, training_args, "sft", return_dict=True)
-    return {name: _records(name, rows, config.get("default_system"), asked) for name, rows in sets.items()}
+    records: dict[str, list[Record]] = {name: [] for name in sets}
+    for name, rows in sets.items():
+        for number, row in enumerate(rows, 1):
+            system = row["_system"] or config.get("default_system")
+            turns = [{"role": "system", "content": system}] if system else []
+            messages = [*turns, *({"role": turn["role"], "content": turn["content"]} for turn in row["_prompt"])]
+            key = AnswerStore.key(asked, messages)
+            records[name].append(Record(f"{name}, record {number}", messages, row["_response"][0]["content"], key))
+    return records
 
 
-def _records(name: str, rows: Any, default_system: str | None, asked: dict[str, Any]) -> Iterator[Record]:
-    for number, row in enumerate(rows, 1):
-        system = row["_system"] or default_system
-        turns = [{"role": "system", "content": system}] if system else []
-        messages = [*turns, *({"role": turn["role"], "content": turn["content"]} for turn in row["_prompt"])]
-        key = AnswerStore.key(asked, messages)
-        yield Record(f"{name}, record {number}", messages, row["_response"][0]["content"], key)
-
-
-def label_writer(template: str) -> Callable[[str], str]:
-    """Return how LLaMA-Factory writes a reference as a label.
+def label_of(reference: str, template: str) -> str:
+    """Return a reference as LLaMA-Factory writes it as a label.
 
     That is the answer as the template writes it less its marks, which leaves a newline (qwen) or a space (mistral) that
     BLEU-4 counts: with it the same answers have the same scores, whoever predicted them.
@@ -116,14 +112,10 @@ def label_writer(template: str) -> Callable[[str], str]:
     from llamafactory.data.template import TEMPLATES
 
     form = TEMPLATES[template]
-
-    def label(reference: str) -> str:
-        text = "".join(part for part in form.format_assistant.apply(content=reference) if isinstance(part, str))
-        for mark in form.stop_words:
-            text = text.replace(mark, "")
-        return text
-
-    return label
+    text = "".join(part for part in form.format_assistant.apply(content=reference) if isinstance(part, str))
+    for mark in form.stop_words:
+        text = text.replace(mark, "")
+    return text
 
 
 def find_model(api_base: str, key: str | None, wanted: str | None) -> str:

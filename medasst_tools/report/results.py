@@ -1,6 +1,5 @@
 """What the steps left of each experiment, and whether it still belongs together: what is stale is named, never shown as a number."""
 
-import heapq
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dic
     stale = dict(why_stale(name, found, results, configs))
     found |= dict.fromkeys(stale)
     config = _config(configs / "predict.yaml", "predict")
+    train = read_yaml(configs / "train.yaml") if (configs / "train.yaml").is_file() else {}
     data_dir = config.get("dataset_dir")
     run = provenance.read_run(saves)
     scored, examined = ((found[kind] or {}).get("made_of") for kind in ("scores", "exam"))
@@ -39,7 +39,7 @@ def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dic
         "data_dir": data_dir,
         "manifest": (read_json(Path(data_dir) / "manifest.json") or {}).get("datasets") if data_dir else None,
         "audit": read_json(Path(data_dir) / "audit.json") if data_dir else None,
-        "datasets": _trained_on(configs),
+        "datasets": provenance.dataset_names(train["dataset"]) if train.get("dataset") else [],
         "answers": answers,
     }
 
@@ -50,11 +50,6 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _config(path: Path, kind: str) -> dict[str, Any]:
     return load(path, kind=kind) if path.is_file() else {}
-
-
-def _trained_on(configs: Path) -> list[str]:
-    config = read_yaml(configs / "train.yaml") if (configs / "train.yaml").is_file() else {}
-    return provenance.dataset_names(config["dataset"]) if config.get("dataset") else []
 
 
 def why_stale(
@@ -110,9 +105,10 @@ def _why_scores_are_stale(name: str, about: dict[str, Any], results: Path, confi
 def best_and_worst(results: Path, predict_config: Path, scores: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return {"best": ..., "worst": ...}: the records with the highest and lowest mean of the metrics, no record in both."""
     rows = _rows(results / "per_record.jsonl")
-    means = [(sum(row[name] for name in metric_names()) / len(metric_names()), -at) for at, row in enumerate(rows)]
+    names = metric_names()
+    means = sorted((sum(row[name] for name in names) / len(names), -at) for at, row in enumerate(rows))
     each = min(SHOWN_ANSWERS, len(means) // 2)
-    places = {"best": heapq.nlargest(each or len(means), means), "worst": heapq.nsmallest(each, means)}
+    places = {"best": means[::-1][: each or len(means)], "worst": means[:each]}
     wanted = {-at: mean for chosen in places.values() for mean, at in chosen}
     predictions = read_jsonl(results / "generated_predictions.jsonl") if wanted else []
     records = {

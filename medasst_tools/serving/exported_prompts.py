@@ -41,7 +41,9 @@ def correct_prompts(folder: Path, chat: dict[str, Any]) -> list[str]:
     if difference := chat_template_difference(released, released.chat_template, wanted):
         corrections.append(f"chat_template.jinja: {difference}")
         (folder / "chat_template.jinja").write_text(chat_template_of(served, released), encoding="utf-8")
-        _without_older_template(folder / "tokenizer_config.json")
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if config.pop("chat_template", None):  # older readers look there first
+            write_json(folder / "tokenizer_config.json", config)
     # llama3's template adds Llama 3.1's <|eom_id|> to the tokenizer: Llama 3 has no embedding for it
     known = released.get_vocab().values()
     stops = sorted(token for token in template.get_stop_token_ids(tokenizer) if token in known)
@@ -49,13 +51,6 @@ def correct_prompts(folder: Path, chat: dict[str, Any]) -> list[str]:
         corrections.append(line)
     (folder / "Modelfile").write_text(write_modelfile(released, served, stops), encoding="utf-8")
     return corrections
-
-
-def _without_older_template(path: Path) -> None:
-    """Older readers look into tokenizer_config.json first."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.pop("chat_template", None):
-        write_json(path, config)
 
 
 def _stop_at(path: Path, stops: list[int]) -> str | None:
