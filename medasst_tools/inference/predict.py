@@ -25,7 +25,7 @@ from typing import Any, TextIO
 from medasst_tools import console, provenance
 from medasst_tools.config import load
 from medasst_tools.errors import CheckFailed
-from medasst_tools.files import atomic_writer, locked, write_json
+from medasst_tools.files import atomic_writer, locked, read_jsonl, write_json
 from medasst_tools.inference.answers import AnswerStore
 from medasst_tools.machine import hardware, preflight
 
@@ -256,8 +256,7 @@ def keeping_trainer(theirs: Any, share: Share) -> type:
         def _rows(self, chosen, kwargs: dict[str, Any]) -> list[dict[str, str]]:
             self.args.per_device_eval_batch_size = len(chosen)
             super().save_predictions(chosen, super().predict(chosen, **kwargs), share.settings["skip_special_tokens"])
-            written = Path(self.args.output_dir, PREDICTIONS).read_text(encoding="utf-8")
-            return [json.loads(line) for line in written.split("\n") if line]
+            return list(read_jsonl(Path(self.args.output_dir, PREDICTIONS)))
 
         def save_predictions(self, *_: Any) -> None:
             """Nothing: the answers are kept already."""

@@ -105,8 +105,6 @@ def merge(config: dict[str, Any]) -> list[str]:
 
     export_model(config)
     folder = Path(config["export_dir"])
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"LLaMA-Factory wrote no safetensors into {folder}; is export_legacy_format set?")
     if fault := weights_fault(folder):
         raise CheckFailed(f"the merged weights: {fault}; is the base whole? Not exported")
     base = Path(config["model_name_or_path"])
