@@ -32,7 +32,7 @@ def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dic
             name, configs.parent, train=run and run["made_of"], predict=scored, exam=examined
         ),
         "stale": stale,
-        "exam_rows": _rows(results / "exam.jsonl") if found["exam"] else [],
+        "exam_rows": list(read_jsonl(results / "exam.jsonl")) if found["exam"] else [],
         "run": run,
         "losses": read_losses(saves),
         "base": (config.get("model_name_or_path"), "adapter_name_or_path" in config),
@@ -42,10 +42,6 @@ def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dic
         "datasets": provenance.dataset_names(train["dataset"]) if train.get("dataset") else [],
         "answers": answers,
     }
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return list(read_jsonl(path)) if path.is_file() else []
 
 
 def _config(path: Path, kind: str) -> dict[str, Any]:
@@ -104,8 +100,7 @@ def _why_scores_are_stale(name: str, about: dict[str, Any], results: Path, confi
 
 def best_and_worst(results: Path, predict_config: Path, scores: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return {"best": ..., "worst": ...}: the records with the highest and lowest mean of the metrics, no record in both."""
-    rows = _rows(results / "per_record.jsonl")
-    names = metric_names()
+    rows, names = read_jsonl(results / "per_record.jsonl"), metric_names()
     means = sorted((sum(row[name] for name in names) / len(names), -at) for at, row in enumerate(rows))
     each = min(SHOWN_ANSWERS, len(means) // 2)
     places = {"best": means[::-1][: each or len(means)], "worst": means[:each]}
