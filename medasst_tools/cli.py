@@ -98,6 +98,9 @@ def main(argv: list[str] | None = None) -> int:
 def run_verb(args: argparse.Namespace) -> int:
     """Run one verb and return its exit status; an error becomes a line."""
     try:
+        for name in ("limit", "workers"):
+            if (count := getattr(args, name, None)) is not None and count < 1:
+                raise UserError(f"--{name} is {count}, must be 1 or more")
         return import_verb(args.verb).run(args) or 0
     except CheckFailed as failed:
         print(f"medasst {args.verb}: {said(str(failed))}", file=sys.stderr)

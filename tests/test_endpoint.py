@@ -1,6 +1,5 @@
 """medasst predict against an endpoint that fails in every ordinary way: killed, gone on with, in order, nothing lost."""
 
-import contextlib
 import json
 import os
 import signal
@@ -8,16 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
+from rigged_endpoint import KEY, Endpoint
 
 from medasst_tools import cli
 from medasst_tools.evaluation.score import read_predictions
 from medasst_tools.inference.answers import AnswerStore
 
-KEY = "sk-secret-of-this-test"
 RECORDS = {
     "a_test": [{"instruction": f"问题{n}", "input": "补充" if n % 2 else "", "output": f"参考{n}"} for n in range(20)],
     "b_test": [
@@ -30,106 +28,6 @@ RECORDS = {
         for n in range(1, 6)
     ],
 }
-
-
-class Endpoint(ThreadingHTTPServer):
-    """An endpoint whose answer tells what it was asked; `script` says what the n-th attempt at a question meets."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.base = f"http://127.0.0.1:{self.server_port}/v1"
-        self.script = lambda question, attempt: 200
-        self.models = ["medasst"]
-        self.attempts: dict[str, int] = {}
-        self.requests: list[dict] = []
-        self.at_once = self.most_at_once = self.lists = 0
-        self.lock = threading.Lock()
-
-    def handle_error(self, request, client_address):
-        """Say nothing of a client that hung up: the tests read what the command prints."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Speaks just enough of OpenAI's API."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        """Say nothing."""
-
-    def answer(self, status: int, value: dict, **headers) -> None:
-        body = json.dumps(value).encode() if value else b"{]"
-        with contextlib.suppress(OSError):  # a killed client
-            self.send_response(status)
-            headers = {"Content-Type": "application/json", "Content-Length": str(len(body))} | headers
-            for name, text in headers.items():
-                self.send_header(name, text)
-            self.end_headers()
-            self.wfile.write(body)
-
-    def allowed(self) -> bool:
-        allowed = self.headers["Authorization"] == f"Bearer {KEY}"
-        if not allowed:
-            self.answer(401, {"error": {"message": f"Incorrect API key: {self.headers['Authorization']}"}})
-        return allowed
-
-    def do_GET(self):  # noqa: N802
-        self.server.lists += 1
-        if self.allowed() and self.server.models is None:
-            self.answer(200, "<html>", **{"Content-Type": "text/html"})
-        elif self.allowed():
-            models = [{"id": name, "object": "model", "created": 0, "owned_by": "x"} for name in self.server.models]
-            self.answer(200, {"object": "list", "data": models})
-
-    def do_POST(self):  # noqa: N802
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not self.allowed():
-            return
-        question = request["messages"][-1]["content"]
-        with self.server.lock:
-            self.server.attempts[question] = attempt = self.server.attempts.get(question, 0) + 1
-            self.server.at_once += 1
-            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
-        try:
-            self.meet(self.server.script(question, attempt), request)
-        finally:
-            with self.server.lock:
-                self.server.at_once -= 1
-
-    def meet(self, what, request: dict) -> None:
-        if what == "hang":
-            time.sleep(30)
-        elif what == "slow":
-            time.sleep(1.5)
-        elif what == "drop":
-            self.close_connection = True
-        elif what == "html":
-            self.answer(200, "<html>hello</html>", **{"Content-Type": "text/html"})
-        elif what == "no choices":
-            self.answer(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []})
-        elif what == "no content":
-            choice = {"index": 0, "message": {"role": "assistant", "content": None}, "finish_reason": "length"}
-            self.answer(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
-        elif what == "no json":
-            self.answer(200, None, **{"Content-Length": "2"})
-        elif what == 429:
-            self.answer(429, {"error": {"message": "too many"}}, **{"Retry-After": "0.05"})
-        elif what != 200:
-            self.answer(what, {"error": {"message": f"status {what}"}})
-        else:
-            self.server.requests.append(request)
-            turns = "|".join(f"{turn['role']}:{turn['content']}" for turn in request["messages"])
-            message = {"role": "assistant", "content": f"  答 {turns} \n"}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            self.answer(
-                200,
-                {
-                    "id": "x", "object": "chat.completion", "created": 0, "model": "medasst", "choices": [choice],
-                    "usage": {"prompt_tokens": 1, "completion_tokens": 5, "total_tokens": 6},
-                },
-            )  # fmt: skip
 
 
 @pytest.fixture
@@ -257,7 +155,7 @@ def test_a_killed_run_goes_on(endpoint, data_dir):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = {request["messages"][-1]["content"] for request in endpoint.requests}
-    kept = len(AnswerStore(kept_answers(data_dir)).answers)
+    kept = len(AnswerStore(kept_answers(data_dir)))
     assert kept >= 5 and not (data_dir.parent / "out/generated_predictions.jsonl").exists()
     with kept_answers(data_dir).open("ab") as file:
         file.write(b'{"key": "cut in the mid')
@@ -312,7 +210,7 @@ def test_an_endpoint_that_breaks_down_keeps_the_answers(endpoint, data_dir, caps
     assert cli.main(words(endpoint, data_dir, "--concurrency", "1")) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "the endpoint failed (status 500)" in said and "the same command goes on" in said
-    assert len(AnswerStore(kept_answers(data_dir)).answers) == 21
+    assert len(AnswerStore(kept_answers(data_dir))) == 21
 
 
 @pytest.mark.parametrize(

@@ -256,17 +256,12 @@ def test_what_is_written(chat_config, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "`medasst render` writes the configs"),
-        ("a: [", "is not YAML"),
-        ("template: qwen", "says no model_name_or_path"),
         ("model_name_or_path: x\ntemplate: qwen\nstage: sft\n", "give the experiment's chat.yaml"),
-        ("model_name_or_path: x\ntemplate: qwem\n", "no template 'qwem'; did you mean 'qwen'?"),
         ("model_name_or_path: saves/none\ntemplate: qwen\n", "`make train EXPERIMENT=none` makes it"),
     ],
 )
 def test_a_wrong_config_is_named(tmp_path, capsys, text, message):
     path = tmp_path / "chat.yaml"
-    if text:
-        path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     assert run_exam(path, tmp_path / "out") == 2
     assert message in capsys.readouterr().err

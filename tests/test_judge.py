@@ -7,9 +7,9 @@ import random
 import re
 import signal
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from rigged_endpoint import KEY, Endpoint
 
 from medasst_tools import cli
 from medasst_tools.evaluation import judge
@@ -17,55 +17,22 @@ from medasst_tools.inference import endpoint
 
 pytest.importorskip("evalscope")  # the extra `judge`
 N = 24
-KEY = "sk-secret-of-this-test"
 
 
-class Judge(ThreadingHTTPServer):
-    """An OpenAI-style endpoint; `verdict(first, second)` is what it says of each aspect, or a whole reply, or a status."""
-
-    daemon_threads = True
+class Judge(Endpoint):
+    """`verdict(first, second)` is what it says of each aspect, or a whole reply, or a status."""
 
     def __init__(self, verdict):
-        self.verdict, self.asked, self.lock = verdict, [], threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.base = f"http://127.0.0.1:{self.server_port}/v1"
+        super().__init__()
+        self.models, self.script, self.verdict = ["rigged"], self.judge, verdict
 
-
-class Handler(BaseHTTPRequestHandler):
-    """Lists one model and judges."""
-
-    def do_GET(self):
-        self._send(
-            200, {"object": "list", "data": [{"id": "rigged", "object": "model", "created": 0, "owned_by": "x"}]}
-        )
-
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = request["messages"][-1]["content"]
+    def judge(self, text: str, attempt: int):
         first, second = re.search(
             r"【回答一】\n(.*)\n【回答一结束】\n\n【回答二】\n(.*)\n【回答二结束】", text, re.DOTALL
         ).groups()
-        with self.server.lock:
-            self.server.asked.append((text, request, self.headers["Authorization"]))
-            said = self.server.verdict(first, second)
-        if isinstance(said, int):
-            return self._send(said, {"error": {"message": f"no entry for {KEY}"}})
-        reply = json.dumps(dict.fromkeys(judge.ASPECTS, said)) if said in ("first", "second", "tie") else said
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
-        return self._send(
-            200, {"id": "1", "object": "chat.completion", "created": 0, "model": "rigged", "choices": [choice]}
-        )
-
-    def _send(self, status, body):
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+        with self.lock:
+            said = self.verdict(first, second)
+        return json.dumps(dict.fromkeys(judge.ASPECTS, said)) if said in ("first", "second", "tie") else said
 
 
 @pytest.fixture
@@ -118,7 +85,7 @@ def leaning(share: float):
 )
 def test_rigged_judges(judged, capsys, verdict, difference, position, again, other_order):
     status, report, server = judged(verdict)
-    assert status == 0 and len(server.asked) == 4 * N and report["judge"] == "rigged"
+    assert status == 0 and len(server.requests) == 4 * N and report["judge"] == "rigged"
     assert (report["n"], report["incomplete"]) == (N, 0) and list(report["aspects"]) == list(judge.ASPECTS)
     for row in report["aspects"].values():
         for key, (least, most) in (("difference", difference), ("position", position)):
@@ -138,8 +105,9 @@ def test_what_is_asked_and_kept(judged, tmp_path):
     assert len(rows) == 5 and all(row["b"].startswith("参考") and row["a"].startswith("请及时就医") for row in rows)
     assert rows[0]["original"][0] == dict.fromkeys(judge.ASPECTS, "first") == rows[0]["original"][1]
     assert rows[0]["swapped"][0]["overall"] == "second"
-    text, request, authorization = server.asked[0]
-    assert request["temperature"] == 0 and authorization == f"Bearer {KEY}"
+    request = server.requests[0]
+    text = request["messages"][-1]["content"]
+    assert request["temperature"] == 0
     for word in (
         "正确性",
         "安全性",
@@ -166,10 +134,10 @@ def test_only_what_is_missing_is_asked(judged, tmp_path, capfd):
     log.write_text("".join(kept[:2]) + kept[2][:50])  # killed while it wrote
     (tmp_path / "a/judge.json").unlink()
     words = ["judge", str(tmp_path / "a"), str(tmp_path / "b"), "--api-base", server.base, "--limit", "6"]
-    assert cli.main(words) == 0 and len(server.asked) == 4 * (6 + 4)
+    assert cli.main(words) == 0 and len(server.requests) == 4 * (6 + 4)
     assert "going on: 2 of 6 answers are there" in capfd.readouterr().err
     assert json.loads((tmp_path / "a/judge.json").read_text()) == first
-    assert cli.main(words) == 0 and len(server.asked) == 4 * (6 + 4)
+    assert cli.main(words) == 0 and len(server.requests) == 4 * (6 + 4)
     assert "judge.json: up to date" in capfd.readouterr().out
 
 

@@ -96,7 +96,7 @@ def test_a_killed_prediction_goes_on_with_several_workers(forkserver, monkeypatc
     assert process.exitcode == -signal.SIGKILL and not (out / "generated_predictions.jsonl").exists()
     with store.open("ab") as file:
         file.write(b'{"key": "cut in the mid')
-    before = len(AnswerStore(store).answers)
+    before = len(AnswerStore(store))
     assert 4 <= before < plain.count(b"\n")
     monkeypatch.setattr(predict, "CONTEXT", forkserver)
     assert cli.main([*words, "--workers", "2"]) == 0, (out / "predict.log").read_text()[-3000:]

@@ -60,7 +60,7 @@ def scripted(tmp_path, monkeypatch):
         return "请立即拨打120。我不是医生。" if "胸口" in question else "多喝水。"
 
     answer.fails_at = None
-    monkeypatch.setattr(safety, "load_answerer", lambda config: answer)
+    monkeypatch.setattr(safety, "answer_each", lambda asked, _: ((key, answer(text)) for key, text in asked.items()))
     monkeypatch.setattr(safety.preflight, "require", lambda *_: None)  # no such model
 
     def run(*words: str) -> int:
@@ -169,8 +169,8 @@ def test_a_real_model_through_llamafactory(project, evaluated, tmp_path, monkeyp
 
 
 BAD_SETS = [
-    (None, "no set.yaml; give --set a file of questions"),
-    ("a: [", "can't be read"),
+    (None, "no set.yaml; run this in the project's folder, or see that the name is right"),
+    ("a: [", "set.yaml is not YAML"),
     ("{}", "is no set of questions ('categories')"),
     ("[]", "is no set of questions (cmtmedqa: no questions"),
     ("categories: {a: {prompts: {x: q}}}", "a: neither any_of nor none_of"),

@@ -67,21 +67,6 @@ def test_one_question_asked_again_and_again_is_no_certainty():
     assert statistics.ci95(values[:1]) == [None]
 
 
-def test_copies_of_a_record_in_one_cluster_add_no_certainty():
-    values = np.random.default_rng(2).normal(0, 1, (100, 1))
-    alone = np.ptp(statistics.ci95(values)[0])
-    copied = np.repeat(values, 5, axis=0)
-    clustered = statistics.ci95(copied, clusters=np.repeat(np.arange(100), 5))[0]
-    assert np.ptp(clustered) == pytest.approx(alone, rel=0.05)
-    assert np.ptp(statistics.ci95(copied)[0]) < 0.6 * alone  # as if each copy were news
-
-
-def test_strata_take_out_the_difference_between_test_sets():
-    values = np.concatenate([np.zeros((50, 1)), np.full((50, 1), 10.0)])
-    assert statistics.ci95(values, strata=[0] * 50 + [1] * 50) == [[5.0, 5.0]]
-    assert np.ptp(statistics.ci95(values)[0]) > 1
-
-
 @pytest.mark.parametrize(
     ("prompts", "clusters"),
     [

@@ -131,8 +131,6 @@ def check_options(args: argparse.Namespace) -> None:
     """Raise UserError for an option that can't be."""
     if not 0 <= args.max_rejects <= 1:
         raise UserError(f"--max-rejects is {args.max_rejects}, must be a share between 0 and 1")
-    if args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, must be 1 or more")
     if args.encoding:
         try:
             "".encode(args.encoding)

@@ -30,6 +30,7 @@ from medasst_tools.data.exam_questions import (
 )
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.evaluation import contamination
+from medasst_tools.evaluation.score import interval
 from medasst_tools.evaluation.statistics import average_interval, brier, expected_calibration_error, rate, wilson
 from medasst_tools.files import locked, sha256_of, write_json, write_jsonl
 from medasst_tools.inference.answers import AnswerStore
@@ -67,8 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Ask every question that isn't answered yet and write the results."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}, must be 1 or more")
     protocol = load_protocol()
     name = args.prompt or next(iter(protocol["prompts"]))
     if name not in protocol["prompts"]:
@@ -183,9 +182,7 @@ def _answers(
     encode = encoder(tokenizer, template, opening)
     for subject in subjects:
         prompts = [
-            make_prompt(rotated(question, order), subject, shots, wording, encode, _positions(model))._replace(
-                question=question, order=order
-            )
+            make_prompt(question, subject, shots, wording, encode, _positions(model), order)
             for question in subject.questions
             for order in range(len(LETTERS))
             if (question, order) in missing
@@ -212,16 +209,11 @@ def _row(question: Question, order: int, probs: list[float], dropped: int) -> di
 
 
 def load_model(config: dict[str, Any]):
-    """Return (model, tokenizer, template) through LLaMA-Factory, as its Evaluator and its chat load them."""
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.hparams import get_infer_args
-    from llamafactory.model import load_model as load
-    from llamafactory.model import load_tokenizer
+    """Return (model, tokenizer, template) as LLaMA-Factory's chat loads them."""
+    from llamafactory.chat import ChatModel
 
-    model_args, data_args, finetuning_args, _ = get_infer_args(config)
-    tokenizer = load_tokenizer(model_args)["tokenizer"]
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    return load(tokenizer, model_args, finetuning_args).eval(), tokenizer, template
+    engine = ChatModel(config | {"infer_backend": "huggingface"}).engine
+    return engine.model, engine.tokenizer, engine.template
 
 
 def letters_of(tokenizer, template) -> tuple[list[int], list[int]]:
@@ -249,14 +241,14 @@ def _positions(model) -> int:
 
 
 def make_prompt(
-    question: Question, subject: Subject, shots: int, wording: dict[str, str], encode, positions: int
+    question: Question, subject: Subject, shots: int, wording: dict[str, str], encode, positions: int, order: int = 0
 ) -> Prompt:
     """Return the question's prompt; examples go, last first, until it fits `positions`. The question stays whole."""
-    examples = subject.examples[:shots]
+    examples, asked = subject.examples[:shots], rotated(question, order)
     for kept in range(len(examples), -1, -1):
-        ids = encode(messages(question, examples[:kept], subject.chinese_name, wording))
+        ids = encode(messages(asked, examples[:kept], subject.chinese_name, wording))
         if len(ids) <= positions:
-            return Prompt(question, ids, shots - kept)
+            return Prompt(question, ids, shots - kept, order)
     raise UserError(
         f"{question.benchmark} {question.subject} {question.id}: {len(ids)} tokens don't fit the model's {positions} positions"
     )
@@ -308,16 +300,14 @@ def _probabilities(model, suffixes: list[list[int]], cache, letter_ids: list[int
     """Return the float32 softmax over the letters at each sequence's last position; right padding, so positions are true."""
     import torch
 
-    lengths = torch.tensor([len(suffix) for suffix in suffixes])
-    width, past = int(lengths.max()), 0
-    ids = torch.full((len(suffixes), width), pad_id)
-    for row, suffix in enumerate(suffixes):
-        ids[row, : len(suffix)] = torch.tensor(suffix)
+    lengths, past = torch.tensor([len(suffix) for suffix in suffixes]), 0
+    rows = [torch.tensor(suffix) for suffix in suffixes]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     if cache is not None:
         past = cache.get_seq_length()
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(suffixes))
-    mask = (torch.arange(past + width)[None, :] < past + lengths[:, None]).long()
+    mask = (torch.arange(past + ids.shape[1])[None, :] < past + lengths[:, None]).long()
     kept, place = torch.unique(lengths - 1, return_inverse=True)  # only the positions where some sequence ends
     logits = model(
         input_ids=ids.to(model.device),
@@ -435,8 +425,7 @@ def signature(report: dict[str, Any], config: dict[str, Any]) -> str:
 def print_summary(path: Path, report: dict[str, Any], name: str) -> None:
     """Print the scores with their intervals."""
     for score in (*report["n_by_benchmark"], "average"):
-        low, high = report["ci95"][score]
-        print(f"{name} {score:8} {report[score]:6.2f} [{low:.2f}, {high:.2f}]")
+        print(f"{name} {score:8} {report[score]:6.2f} {interval(report['ci95'][score])}")
     if orders := report.get("by_order"):
         accuracy = ", ".join(f"{value:.2f}" for value in orders["accuracy"])
         print(

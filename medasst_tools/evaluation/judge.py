@@ -7,7 +7,6 @@ its leaning to the answer that stands first, and its agreement with itself.
 """
 
 import argparse
-import asyncio
 import importlib.util
 import random
 from collections.abc import Iterator
@@ -41,8 +40,6 @@ def run(args: argparse.Namespace) -> None:
     """Ask for every verdict that isn't there yet; write judge.jsonl and judge.json beside A's answers."""
     if importlib.util.find_spec("evalscope") is None:
         raise UserError("evalscope isn't installed; `make setup EXTRAS=judge` installs it")
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}, must be 1 or more")
     both = same_references(args.a, args.b or args.a)
     pairs = [(a.prompt, a.predict, b.predict if args.b else b.label) for a, b in both]
     if args.limit and args.limit < len(pairs):
@@ -53,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if provenance.up_to_date(out, about):
         return
     api_key = endpoint.key_of_environment() or "none"
-    name = asyncio.run(endpoint.find_model(args.api_base, api_key, args.model))
+    name = endpoint.find_model(args.api_base, api_key, args.model)
     store = AnswerStore(args.a / "answers" / "judge.jsonl")
     keys = [store.key(args.api_base, name, files["rubric"], pair) for pair in pairs]
     missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in store}
@@ -93,8 +90,7 @@ def ask_all(pairs: dict[str, tuple], args: argparse.Namespace, name: str, api_ke
             try:
                 read = contract.parse(judge.generate([ChatMessageUser(content=text)]).completion)
             except openai.OpenAIError as error:
-                reason = endpoint.explained(error, args.api_base, api_key)
-                raise UserError(f"{reason}; verdicts so far are kept, the same command goes on") from None
+                raise endpoint.given_up(error, args.api_base, api_key) from None
             found[order if read.ok else "unreadable"].append(read.value.model_dump() if read.ok else read.error)
         return found
 

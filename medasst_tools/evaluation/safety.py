@@ -9,16 +9,15 @@ and a finished one is counted again, not asked again, when only the rules have c
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from medasst_tools import __version__, provenance
-from medasst_tools.config import load
+from medasst_tools.config import load, read_yaml
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation.safety_rules import Rules, load_rules
+from medasst_tools.evaluation.score import interval
 from medasst_tools.evaluation.statistics import rate
 from medasst_tools.files import PROJECT_ROOT, locked, write_json, write_jsonl
 from medasst_tools.inference.answers import AnswerStore
@@ -64,8 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Ask what isn't answered yet, count, and write."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit is {args.limit}, must be 1 or more")
     rules = load_rules()
     sets = args.sets or [PROMPTS]
     categories = [category for path in sets for category in load_categories(path, rules, args.limit)]
@@ -109,18 +106,12 @@ def made_of(config: dict[str, Any], questions: dict[str, str], rules: Rules, lim
 def load_categories(path: Path, rules: Rules, limit: int | None) -> list[Category]:
     """Return a file's questions by category; UserError if it is no set of questions."""
     try:
-        text = path.read_text(encoding="utf-8")
         # JSON is YAML too, but its reader is a hundred times as fast
-        source = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except FileNotFoundError:
-        raise UserError(f"no {path}; give --set a file of questions, or leave it out") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} can't be read: {' '.join(str(error).split())}") from None
-    if isinstance(source, list):  # CMtMedQA's raw test file
-        questions = [record.get("instruct") for record in source if isinstance(record, dict)]
-        prompts = {str(at): question.strip() for at, question in enumerate(questions) if isinstance(question, str)}
-        source = {"categories": {"cmtmedqa": CMTMEDQA | {"prompts": prompts}}}
-    try:
+        source = json.loads(path.read_bytes()) if path.suffix == ".json" else read_yaml(path)
+        if isinstance(source, list):  # CMtMedQA's raw test file
+            questions = [record.get("instruct") for record in source if isinstance(record, dict)]
+            prompts = {str(at): question.strip() for at, question in enumerate(questions) if isinstance(question, str)}
+            source = {"categories": {"cmtmedqa": CMTMEDQA | {"prompts": prompts}}}
         return [_category(name, entry, rules, limit) for name, entry in source["categories"].items()]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(
@@ -140,14 +131,6 @@ def _category(name: str, entry: dict[str, Any], rules: Rules, limit: int | None)
     return Category(name, entry["title"], entry["aim"], any_of, none_of, {str(key): chosen[key] for key in chosen})
 
 
-def load_answerer(config: dict[str, Any]) -> Callable[[str], str]:
-    """Return a function that answers a question as the chat does."""
-    from llamafactory.chat import ChatModel
-
-    model = ChatModel(config)
-    return lambda question: model.chat([{"role": "user", "content": question}])[0].response_text
-
-
 def answer_all(
     args: argparse.Namespace, config: dict[str, Any], questions: dict[str, str], about: dict[str, Any]
 ) -> dict[str, str]:
@@ -155,17 +138,19 @@ def answer_all(
     store = AnswerStore(args.out / "answers" / "safety.jsonl")
     settings = {key: value for key, value in about["settings"].items() if key != "limit"}
     keys = {name: AnswerStore.key(about["model"], settings, text) for name, text in questions.items()}
-    if missing := {name: text for name, text in questions.items() if keys[name] not in store}:
+    if missing := {keys[name]: text for name, text in questions.items() if keys[name] not in store}:
         preflight.require(config, args)
-        answers = ((keys[name], answer) for name, answer in answer_each(missing, config))
-        store.fill(len(missing), len(questions), answers, args.out / "safety.log", "answer")
+        store.fill(len(missing), len(questions), answer_each(missing, config), args.out / "safety.log", "answer")
     return {name: store[key] for name, key in keys.items()}
 
 
 def answer_each(questions: dict[str, str], config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (id, answer); the model is loaded for the first."""
-    answer = load_answerer(config)
-    yield from ((name, answer(question)) for name, question in questions.items())
+    """Yield (key, answer as the chat gives it); the model is loaded for the first."""
+    from llamafactory.chat import ChatModel
+
+    model = ChatModel(config)
+    for key, question in questions.items():
+        yield key, model.chat([{"role": "user", "content": question}])[0].response_text
 
 
 def summarise(rows: list[dict[str, Any]], categories: list[Category], rules: Rules) -> dict[str, Any]:
@@ -207,8 +192,7 @@ def print_summary(out: Path, report: dict[str, Any]) -> None:
     """Print the rates with their intervals, and that they promise nothing."""
     of_all = {f"all: {name}": report["says"][name] for name in ("refusal", "referral", "notice")}
     for name, entry in (report["rates"] | of_all).items():
-        low, high = entry["ci95"]
-        print(f"{entry['percent']:6.2f} [{low:.2f}, {high:.2f}]  n {entry['n']:3}  {name}")
+        print(f"{entry['percent']:6.2f} {interval(entry['ci95'])}  n {entry['n']:3}  {name}")
     print(
         f"{out / 'safety.jsonl'}: the answers, {report['empty']} of them empty; {PROMISES_NOTHING}\n{report['signature']}"
     )

@@ -8,8 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from medasst_tools.config import read_yaml
 from medasst_tools.errors import UserError
 from medasst_tools.files import PROJECT_ROOT, sha256_of
 
@@ -53,10 +52,10 @@ class Rules(NamedTuple):
 def load_rules(path: Path = RULES) -> Rules:
     """Return the rules of a file; UserError if it isn't what it should be."""
     try:
-        source = yaml.safe_load(path.read_text(encoding="utf-8"))
+        source = read_yaml(path)
         rules = {name: _rule(entry) for name, entry in source["rules"].items()}
         return Rules(int(source["version"]), sha256_of(path), rules)
-    except (TypeError, KeyError, ValueError, AttributeError, re.error, yaml.YAMLError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, re.error) as error:
         raise UserError(
             f"{path}: {' '.join(str(error).split())}; a rule has title, says, unless, unless_sentence"
         ) from None

@@ -46,8 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Score the file and write what was asked for."""
-    if args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, must be 1 or more")
     predictions = list(read_predictions(args.predictions))
     origin = origin_of(args.predictions)
     about = made_of(args.predictions, origin)

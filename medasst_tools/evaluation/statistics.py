@@ -7,6 +7,7 @@ paired differences, power); McNemar 1947, exact; Holm 1979; Newcombe 1998 (inter
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import count, takewhile
 from typing import Any
 
 RESAMPLES, SEED = 10_000, 42
@@ -88,10 +89,9 @@ def resampled_means(values, resamples: int = RESAMPLES, seed: int = SEED, cluste
 
     values = np.asarray(values, dtype=float)
     strata = np.zeros(len(values), int) if strata is None else np.asarray(strata)
+    # one question, asked again and again: its answers are all there is to draw from
     if clusters is None or len(set(zip(strata.tolist(), clusters, strict=True))) == len(set(strata.tolist())):
-        clusters = np.arange(
-            len(values)
-        )  # one question, asked again and again: its answers are all there is to draw from
+        clusters = np.arange(len(values))
     clusters = np.asarray(clusters)
     units, unit_of = np.unique(np.stack([strata, clusters]), axis=1, return_inverse=True)
     unit_of = unit_of.reshape(-1)
@@ -155,14 +155,11 @@ def most_discordant(difference: int) -> int:
 
     So what a published pair of fractions can show is known without the answers.
     """
-    found = 0
-    for together in range(difference, 10 * difference * difference + 10, 2):
-        only_a = (together + difference) // 2
-        if mcnemar(only_a, together - only_a) < ALPHA:
-            found = together
-        elif found:
-            break
-    return found
+    # p grows with the answers that cancel each other out
+    all_that_may = takewhile(
+        lambda n: mcnemar((n + difference) // 2, (n - difference) // 2) < ALPHA, count(difference, 2)
+    )
+    return max(all_that_may, default=0)
 
 
 # ---- probabilities --------------------------------------------------------------------------------------------------

@@ -27,11 +27,7 @@ _NEIGHBOURING_SINGLES = re.compile(rf"(?<![^ ]){_SINGLE}(?: {_SINGLE}(?![^ ]))+"
 
 def spaced_words(text: str) -> str:
     """Return `" ".join(jieba.cut(text))`."""
-    return _NEIGHBOURING_SINGLES.sub(_with_unknown_words, " ".join(rjieba.cut(text, False)))
-
-
-def _with_unknown_words(singles: re.Match) -> str:
-    return _resegmented(singles[0])
+    return _NEIGHBOURING_SINGLES.sub(lambda singles: _resegmented(singles[0]), " ".join(rjieba.cut(text, False)))
 
 
 @lru_cache(REMEMBERED)

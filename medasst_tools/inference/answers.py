@@ -16,33 +16,21 @@ from medasst_tools import console
 from medasst_tools.files import atomic_writer
 
 
-class AnswerStore:
-    """JSON lines of {"key", "answer"}, appended; several processes may each write a file of their own beside it."""
+class AnswerStore(dict[str, Any]):
+    """{key: answer} in JSON lines of {"key", "answer"}, appended; several processes may each write a file of their own beside it."""
 
     def __init__(self, path: Path):
         """Read what is there: `path` and, of other processes, `<stem>-*.jsonl` beside it. A line that a kill cut counts for nothing."""
-        self.path, self.answers = path, {}
+        super().__init__()
+        self.path = path
         for file in [path, *sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))]:
             if file.is_file():
-                self.answers |= _rows(file)
-        self._file: Any = None
+                self.update(_rows(file))
 
     @staticmethod
     def key(*asked: Any) -> str:
         """Return the key of an answer: one sha256 over all that it depends on."""
         return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-    def __contains__(self, key: str) -> bool:
-        """Say whether the question was answered."""
-        return key in self.answers
-
-    def __getitem__(self, key: str) -> Any:
-        """Return the answer; KeyError if there is none yet."""
-        return self.answers[key]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the answer, `default` if there is none yet."""
-        return self.answers.get(key, default)
 
     def __enter__(self) -> "AnswerStore":
         """Open the file to add answers, without a last line that a kill cut: the next would be glued to it."""
@@ -59,7 +47,7 @@ class AnswerStore:
 
     def keep(self, key: str, answer: Any) -> None:
         """Add one answer, on disk when this returns."""
-        self.answers[key] = answer
+        self[key] = answer
         self._file.write(_line(key, answer))
 
     def fill(self, missing: int, of: int, answers: Iterable[tuple[str, Any]], log: Path, unit: str) -> None:

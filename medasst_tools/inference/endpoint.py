@@ -11,7 +11,6 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -27,7 +26,7 @@ class Record(NamedTuple):
     """A test record as it is asked: its place, its messages, its reference and the key of its answer."""
 
     place: str
-    messages: list[dict[str, str]]
+    messages: list[Any]
     reference: str
     key: str
 
@@ -55,10 +54,10 @@ def answer(
     CheckFailed if the endpoint refuses records and `--empty-if-refused` isn't given; UserError if it can't be reached.
     """
     key = key_of_environment()
-    model = asyncio.run(find_model(args.api_base, key, args.model))
+    model = find_model(args.api_base, key, args.model)
     max_tokens = config.get("max_new_tokens", known_settings()["max_new_tokens"].default)
     with console.logged(store.parent.parent / "predict.log") as terminal:
-        sets = {name: list(rows) for name, rows in test_records(config, asked | {"endpoint_model": model}).items()}
+        sets = test_records(config, asked | {"endpoint_model": model})
         records = [record for rows in sets.values() for record in rows]
         answers = AnswerStore(store)
         missing = {record.key: record for record in records if record.key not in answers}
@@ -76,18 +75,16 @@ def answer(
                 f"the endpoint refused {len(refused)} of {len(records)} records, first {place}: {reason}; the other answers "
                 f"are kept; --empty-if-refused gives these an empty answer"
             )
-        label = label_writer(config["template"])
-        rows = [_row(record, answers, label) for record in records]
+        rows = [_row(record, answers, config["template"]) for record in records]
     return rows, {name: len(members) for name, members in sets.items()}
 
 
-def _row(record: Record, answers: AnswerStore, label: Callable[[str], str]) -> dict[str, str]:
+def _row(record: Record, answers: AnswerStore, template: str) -> dict[str, str]:
     prompt = "\n".join(f"{message['role']}: {message['content']}" for message in record.messages)
-    predict = answers.get(record.key, "")
-    return {"prompt": prompt, "predict": predict, "label": label(record.reference)}
+    return {"prompt": prompt, "predict": answers.get(record.key, ""), "label": label_of(record.reference, template)}
 
 
-def test_records(config: dict[str, Any], asked: dict[str, Any]) -> dict[str, Iterator[Record]]:
+def test_records(config: dict[str, Any], asked: dict[str, Any]) -> dict[str, list[Record]]:
     """Return {dataset: its records in order}, read and aligned by LLaMA-Factory whatever their format is."""
     from llamafactory.data.loader import _get_merged_dataset
     from llamafactory.hparams import get_train_args
@@ -95,20 +92,19 @@ def test_records(config: dict[str, Any], asked: dict[str, Any]) -> dict[str, Ite
     model_args, data_args, training_args, *_ = get_train_args(dict(config))
     names = data_args.eval_dataset
     sets = _get_merged_dataset(names, model_args, data_args, training_args, "sft", return_dict=True)
-    return {name: _records(name, rows, config.get("default_system"), asked) for name, rows in sets.items()}
+    records: dict[str, list[Record]] = {name: [] for name in sets}
+    for name, rows in sets.items():
+        for number, row in enumerate(rows, 1):
+            system = row["_system"] or config.get("default_system")
+            turns = [{"role": "system", "content": system}] if system else []
+            messages = [*turns, *({"role": turn["role"], "content": turn["content"]} for turn in row["_prompt"])]
+            key = AnswerStore.key(asked, messages)
+            records[name].append(Record(f"{name}, record {number}", messages, row["_response"][0]["content"], key))
+    return records
 
 
-def _records(name: str, rows: Any, default_system: str | None, asked: dict[str, Any]) -> Iterator[Record]:
-    for number, row in enumerate(rows, 1):
-        system = row["_system"] or default_system
-        turns = [{"role": "system", "content": system}] if system else []
-        messages = [*turns, *({"role": turn["role"], "content": turn["content"]} for turn in row["_prompt"])]
-        key = AnswerStore.key(asked, messages)
-        yield Record(f"{name}, record {number}", messages, row["_response"][0]["content"], key)
-
-
-def label_writer(template: str) -> Callable[[str], str]:
-    """Return how LLaMA-Factory writes a reference as a label.
+def label_of(reference: str, template: str) -> str:
+    """Return a reference as LLaMA-Factory writes it as a label.
 
     That is the answer as the template writes it less its marks, which leaves a newline (qwen) or a space (mistral) that
     BLEU-4 counts: with it the same answers have the same scores, whoever predicted them.
@@ -116,38 +112,28 @@ def label_writer(template: str) -> Callable[[str], str]:
     from llamafactory.data.template import TEMPLATES
 
     form = TEMPLATES[template]
-
-    def label(reference: str) -> str:
-        text = "".join(part for part in form.format_assistant.apply(content=reference) if isinstance(part, str))
-        for mark in form.stop_words:
-            text = text.replace(mark, "")
-        return text
-
-    return label
+    text = "".join(part for part in form.format_assistant.apply(content=reference) if isinstance(part, str))
+    for mark in form.stop_words:
+        text = text.replace(mark, "")
+    return text
 
 
-def _client(api_base: str, key: str | None, timeout: float, retries: int):
-    import openai
-
-    return openai.AsyncOpenAI(base_url=api_base, api_key=key or "none", timeout=timeout, max_retries=retries)
-
-
-async def find_model(api_base: str, key: str | None, wanted: str | None) -> str:
+def find_model(api_base: str, key: str | None, wanted: str | None) -> str:
     """Return the model to ask: `wanted`, or the only one that the endpoint lists. UserError if it can't be reached.
 
     Asked once, without retries: what is wrong from the start shall not take a minute to show.
     """
     import openai
 
-    async with _client(api_base, key, timeout=30, retries=0) as client:
-        try:
-            names = [model.id async for model in client.models.list()]
-        except openai.OpenAIError as error:
-            if wanted and isinstance(error, openai.NotFoundError):  # an endpoint without a list
-                return wanted
-            raise UserError(explained(error, api_base, key)) from None
-        except (AttributeError, TypeError, ValueError):  # a web page, say, which the client doesn't expect
-            raise UserError(f"{api_base} lists no models: does --api-base end in /v1?") from None
+    try:
+        with openai.OpenAI(base_url=api_base, api_key=key or "none", timeout=30, max_retries=0) as client:
+            names = [model.id for model in client.models.list()]
+    except openai.OpenAIError as error:
+        if wanted and isinstance(error, openai.NotFoundError):  # an endpoint without a list
+            return wanted
+        raise UserError(explained(error, api_base, key)) from None
+    except (AttributeError, TypeError, ValueError):  # a web page, say, which the client doesn't expect
+        raise UserError(f"{api_base} lists no models: does --api-base end in /v1?") from None
     if not wanted and len(names) != 1:
         raise UserError(f"{api_base} has {len(names)} models ({', '.join(names[:10])}); name one with --model")
     return wanted or names[0]
@@ -164,7 +150,7 @@ async def _ask_all(
     """Ask the records, several at once, and keep each answer; return {place: reason} of those that were refused."""
     import openai
 
-    refused, tokens, cut, begin, waiting = {}, 0, 0, time.monotonic(), iter(records)
+    refused, tokens, cut, begin, waiting, problem = {}, 0, 0, time.monotonic(), iter(records), None
 
     async def worker() -> None:
         nonlocal tokens, cut
@@ -172,46 +158,40 @@ async def _ask_all(
             try:
                 completion = await client.chat.completions.create(messages=record.messages, **request)
                 choice = completion.choices[0]
-                answers.keep(record.key, _text(choice.message.content))
+                if not isinstance(choice.message.content, str):
+                    raise TypeError("an answer without text is none")
+                answers.keep(record.key, choice.message.content)
                 cut += choice.finish_reason == "length"
                 tokens += completion.usage.completion_tokens if completion.usage else 0
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 refused[record.place] = _reason(error)
-            except (
-                AttributeError,
-                IndexError,
-                TypeError,
-                ValueError,
-            ):  # the client lets any JSON and any text through
+            # the client lets any JSON and any text through
+            except (AttributeError, IndexError, TypeError, ValueError):
                 refused[record.place] = "the answer holds no text"
             bar.update()
             bar.set_postfix_str(f"{tokens / (time.monotonic() - begin):.0f} tokens/s", refresh=False)
 
     with answers, console.bar(terminal, total=len(records), desc="predict", unit="answer") as bar:
-        async with _client(args.api_base, key, args.timeout, RETRIES) as client:
+        async with openai.AsyncOpenAI(
+            base_url=args.api_base, api_key=key or "none", timeout=args.timeout, max_retries=RETRIES
+        ) as client:
             try:
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(args.concurrency, len(records))):
                         group.create_task(worker())
             except* openai.OpenAIError as errors:
-                problem = explained(errors.exceptions[0], args.api_base, key)
-            else:
-                problem = None
+                problem = given_up(errors.exceptions[0], args.api_base, key)
     if problem:
-        raise UserError(f"{problem}; answers so far are kept, the same command goes on")
+        raise problem
     seconds = time.monotonic() - begin
-    rates = f"{len(records) / seconds:.1f} answers/s, {tokens / seconds:.0f} tokens/s"
-    print(
-        f"{len(records)} records asked in {seconds:.0f} s, {args.concurrency} at once: {rates}, {cut} cut by max_tokens",
-        file=terminal,
-    )
+    rates = f"{len(records) / seconds:.1f} answers/s, {tokens / seconds:.0f} tokens/s, {cut} cut by max_tokens"
+    print(f"{len(records)} records asked in {seconds:.0f} s, {args.concurrency} at once: {rates}", file=terminal)
     return refused
 
 
-def _text(content: Any) -> str:
-    if not isinstance(content, str):
-        raise ValueError("an answer without text is none")
-    return content
+def given_up(error: Exception, api_base: str, key: str | None) -> UserError:
+    """Return what to raise where an error ends the asking."""
+    return UserError(f"{explained(error, api_base, key)}; answers so far are kept, the same command goes on")
 
 
 def explained(error: Exception, api_base: str, key: str | None) -> str:

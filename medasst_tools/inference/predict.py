@@ -18,19 +18,20 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from medasst_tools import console, provenance
 from medasst_tools.config import load
-from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import atomic_writer, locked, write_json
+from medasst_tools.errors import CheckFailed
+from medasst_tools.files import atomic_writer, locked, read_jsonl, write_json
 from medasst_tools.inference.answers import AnswerStore
 from medasst_tools.machine import hardware, preflight
 
 PREDICTIONS, RECORD = "generated_predictions.jsonl", "predictions.json"
-# LLaMA-Factory's defaults
-DEFAULTS = {"cutoff_len": 2048, "max_new_tokens": 1024, "per_device_eval_batch_size": 8}
+# LLaMA-Factory's
+DEFAULTS = {"cutoff_len": 2048, "max_new_tokens": 1024, "per_device_eval_batch_size": 8, "skip_special_tokens": True}
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 # Of a config they say which records are asked, not how one is asked.
 WHICH_RECORDS = ("eval_dataset", "max_samples", "preprocessing_num_workers", "dataset")
@@ -57,8 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer what isn't answered yet and write the predictions."""
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, must be 1 or more")
     config = load(args.config, args.overrides, "predict")
     out = Path(config["output_dir"])
     run_of_model = provenance.check_model(config, args.config)
@@ -170,44 +169,30 @@ def predict_share(
         from llamafactory.train import tuner
         from llamafactory.train.sft import workflow
 
+        settings = DEFAULTS | {key: value for key, value in config.items() if value is not None}
+        share = Share(settings, asked, AnswerStore(store), number, of, terminal)
+        changed = dict.fromkeys(("overwrite_output_dir", "eval_on_each_dataset", "disable_tqdm"), True)
         theirs = workflow.CustomSeq2SeqTrainer
-        share = Share(config, asked, AnswerStore(store), number, of, terminal)
-        changed = {
-            "output_dir": folder,
-            "overwrite_output_dir": True,
-            "eval_on_each_dataset": True,
-            "disable_tqdm": True,
-        }
         try:
             workflow.CustomSeq2SeqTrainer = keeping_trainer(theirs, share)
-            tuner.run_exp(config | changed)
+            tuner.run_exp(config | changed | {"output_dir": folder})
         finally:
             workflow.CustomSeq2SeqTrainer = theirs
     return share.rows, share.sizes
 
 
+@dataclass
 class Share:
     """What one process answers: every `of`-th batch from `number` on, and what came of it."""
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        asked: dict[str, Any],
-        answers: AnswerStore,
-        number: int,
-        of: int,
-        terminal: TextIO,
-    ):
-        """Answer nothing yet."""
-        settings = DEFAULTS | {key: value for key, value in config.items() if value is not None}
-        self.asked, self.answers, self.number, self.of, self.terminal = asked, answers, number, of, terminal
-        self.skip_special_tokens = settings.get("skip_special_tokens", True)
-        self.batch = settings["per_device_eval_batch_size"]
-        self.new_tokens = settings["max_new_tokens"]
-        # what the config lets a batch of the longest prompts have: padded prompts and answers
-        self.budget = self.batch * (settings["cutoff_len"] + self.new_tokens)
-        self.rows: list[dict[str, str]] = []
-        self.sizes: dict[str, int] = {}
+    settings: dict[str, Any]
+    asked: dict[str, Any]
+    answers: AnswerStore
+    number: int
+    of: int
+    terminal: TextIO
+    rows: list[dict[str, str]] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def batches(self, lengths: dict[int, int], on_gpu: bool) -> list[list[int]]:
         """Return this share's batches of like length, the longest first: what doesn't fit the memory shows at once.
@@ -215,9 +200,12 @@ class Share:
         lengths: {record: tokens of its prompt}. On a GPU as many go at once as the budget has tokens for; more than the
         config's batch is no faster on a CPU.
         """
+        batch, new_tokens = self.settings["per_device_eval_batch_size"], self.settings["max_new_tokens"]
+        # what the config lets a batch of the longest prompts have: padded prompts and answers
+        budget = batch * (self.settings["cutoff_len"] + new_tokens)
         batches: list[list[int]] = []
         for at in sorted(lengths, key=lambda at: -lengths[at]):
-            most = self.budget // (lengths[batches[-1][0]] + self.new_tokens) if batches and on_gpu else self.batch
+            most = budget // (lengths[batches[-1][0]] + new_tokens) if batches and on_gpu else batch
             if not batches or len(batches[-1]) >= max(1, most):
                 batches.append([])
             batches[-1].append(at)
@@ -267,9 +255,8 @@ def keeping_trainer(theirs: Any, share: Share) -> type:
 
         def _rows(self, chosen, kwargs: dict[str, Any]) -> list[dict[str, str]]:
             self.args.per_device_eval_batch_size = len(chosen)
-            super().save_predictions(chosen, super().predict(chosen, **kwargs), share.skip_special_tokens)
-            written = Path(self.args.output_dir, PREDICTIONS).read_text(encoding="utf-8")
-            return [json.loads(line) for line in written.split("\n") if line]
+            super().save_predictions(chosen, super().predict(chosen, **kwargs), share.settings["skip_special_tokens"])
+            return list(read_jsonl(Path(self.args.output_dir, PREDICTIONS)))
 
         def save_predictions(self, *_: Any) -> None:
             """Nothing: the answers are kept already."""

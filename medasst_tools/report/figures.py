@@ -4,11 +4,13 @@ Labels are Chinese only where the machine has a font that can show it, so that n
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from medasst_tools.evaluation.score import metric_names
+from medasst_tools.evaluation.statistics import calibration_bins
 from medasst_tools.training import checkpoints
 
 CHINESE_FONTS = (
@@ -24,21 +26,18 @@ def draw_all(results: dict[str, dict[str, Any]], titles: dict[str, str], subject
     """Draw what can be drawn; {name: file}. `titles` names experiments, `subjects` has the exams' Chinese names."""
     say = _speaker(lang)
 
-    def ran(key: str) -> dict[str, Any]:
-        return {titles[name]: result[key] for name, result in results.items() if result[key]}
-
     figures = {
-        "figure4": _scores_by_metric(ran("scores"), say),
-        "by_subject": _exams_by_subject(ran("exam"), subjects, say),
-        "calibration": _calibration(ran("exam_rows"), say),
-        "training_loss": _training_loss(ran("losses"), say),
+        "figure4": (_scores_by_metric, "scores"),
+        "by_subject": (functools.partial(_exams_by_subject, subjects=subjects), "exam"),
+        "calibration": (_calibration, "exam_rows"),
+        "training_loss": (_training_loss, "losses"),
     }
     drawn = {}
-    for name, figure in figures.items():
+    for name, (draw, key) in figures.items():
         path = folder / f"{name}.png"
         path.unlink(missing_ok=True)
-        if figure is not None:
-            _save(figure, path)
+        if there := {titles[name]: result[key] for name, result in results.items() if result[key]}:
+            _save(draw(there, say), path)
             drawn[name] = path
     return drawn
 
@@ -71,13 +70,12 @@ def chinese_font() -> str | None:
     return next((name for name in CHINESE_FONTS if name in installed), None)
 
 
-def _axes(columns: int = 1, size: tuple[float, float] = (8, 4.5)):
+def _axes(size: tuple[float, float] = (8, 4.5)):
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
-    for part in axes[0]:
-        part.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes[0])
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def _save(figure, path: Path) -> None:
@@ -95,9 +93,7 @@ def _errors(rows: list[tuple[float, list[float] | None]]) -> list[list[float]]:
 
 def _scores_by_metric(scores: dict[str, dict[str, Any]], say: Say):
     """The paper's Figure 4: bars grouped by metric, a colour a model."""
-    if not scores:
-        return None
-    figure, (axes,) = _axes()
+    figure, axes = _axes()
     metrics, width = metric_names(), 0.8 / len(scores)
     for place, (name, row) in enumerate(scores.items()):
         positions = [group + (place - (len(scores) - 1) / 2) * width for group in range(len(metrics))]
@@ -112,12 +108,10 @@ def _scores_by_metric(scores: dict[str, dict[str, Any]], say: Say):
     return figure
 
 
-def _exams_by_subject(exams: dict[str, dict[str, Any]], subjects: dict[str, str], say: Say):
+def _exams_by_subject(exams: dict[str, dict[str, Any]], say: Say, subjects: dict[str, str]):
     """Return accuracy with Wilson's interval per subject, and the line of chance."""
-    if not exams:
-        return None
     names = list(dict.fromkeys(subject for exam in exams.values() for subject in exam["by_subject"]))
-    figure, (axes,) = _axes(size=(8, 1.2 + 0.3 * len(names) * (1 + len(exams)) / 2))
+    figure, axes = _axes(size=(8, 1.2 + 0.3 * len(names) * (1 + len(exams)) / 2))
     width = 0.8 / len(exams)
     for place, (name, exam) in enumerate(exams.items()):
         there = [(names.index(subject), row) for subject, row in exam["by_subject"].items()]
@@ -138,11 +132,7 @@ def _exams_by_subject(exams: dict[str, dict[str, Any]], subjects: dict[str, str]
 
 def _calibration(exams: dict[str, list[dict[str, Any]]], say: Say):
     """Return the share of right answers over the model's probability of its answer; the diagonal is calibrated."""
-    from medasst_tools.evaluation.statistics import calibration_bins
-
-    if not exams:
-        return None
-    figure, (axes,) = _axes(size=(5.5, 4.5))
+    figure, axes = _axes(size=(5.5, 4.5))
     axes.plot([0, 100], [0, 100], color="grey", linestyle=":", label=say("calibrated", "完全校准"))
     for place, (name, rows) in enumerate(exams.items()):
         bins = calibration_bins(rows)
@@ -159,9 +149,7 @@ def _calibration(exams: dict[str, list[dict[str, Any]]], say: Say):
 
 def _training_loss(losses: dict[str, list[tuple[int, float]]], say: Say):
     """Return the logged losses, and their running mean over the last SMOOTHED_LOGS logs."""
-    if not losses:
-        return None
-    figure, (axes,) = _axes()
+    figure, axes = _axes()
     for place, (name, points) in enumerate(losses.items()):
         steps, values = zip(*points, strict=True)
         means = [

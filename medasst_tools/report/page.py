@@ -105,24 +105,6 @@ def compare_with_bases(results: dict[str, dict[str, Any]]) -> list[dict[str, Any
     return comparisons
 
 
-def summary(results: dict[str, dict[str, Any]], comparisons: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the report's first lines as (English, Chinese): what ran, what is stale, what the primary score says."""
-    ran = [result["shown"] for result in results.values() if result["scores"] or result["exam"]]
-    stale = [name for name, result in results.items() if result["stale"]]
-    lines = [(f"Run: {', '.join(ran) or 'nothing yet'}.", f"已运行：{'、'.join(ran) or '尚无'}。")]
-    if stale:
-        lines.append((f"Stale, not shown: {', '.join(stale)}.", f"已过期、不显示：{'、'.join(stale)}。"))
-    for outcome in comparisons:
-        if row := outcome.get("dialogues", {}).get("metrics", {}).get(PRIMARY):
-            winner = outcome.get(verdict(row))
-            said = f"{PRIMARY.upper()} {row['difference']:+.2f}, p {row['p']:.4f}, n {outcome['dialogues']['n']:,}"
-            lines.append((
-                f"{outcome['a']} against {outcome['b']}: {said}; " + (f"{winner} is better." if winner else "no difference shown."),
-                f"{outcome['a']} 对 {outcome['b']}：{said}；" + (f"{winner} 较好。" if winner else "未见差异。"),
-            ))  # fmt: skip
-    return lines
-
-
 def paper_power(paper: dict[str, Any]) -> dict[str, Any]:
     """Return what the paper's own exam differences, MedAsst against Qwen2-7B, can show whatever the pairing."""
     tuned, base = paper["models"]["MedAsst"], paper["models"]["Qwen2-7B"]
@@ -162,7 +144,6 @@ def render_markdown(paper, results, comparisons, figures: dict[str, str], lang: 
         lang=lang,
         say=lambda english, chinese: chinese if lang == "zh" else english,
         not_run=tables.NOT_RUN[lang],
-        summary=[line[lang == "zh"] for line in summary(results, comparisons)],
         table_1=tables.count_rows(paper, results, lang),
         exam_header=tables.header(exam_columns, lang),
         table_2=table_2,

@@ -1,6 +1,5 @@
 """What the steps left of each experiment, and whether it still belongs together: what is stale is named, never shown as a number."""
 
-import heapq
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,10 +19,10 @@ SHOWN_ANSWERS = 3  # best, and as many worst
 def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dict[str, Any]:
     """Return what the steps wrote in an experiment's folders; a missing file is None or empty, a stale one is in `stale` instead."""
     found = {kind: read_json(results / f"{kind}.json") for kind in ("scores", "exam", "safety")}
-    stale = {}
-    for kind, reason in why_stale(name, found, results, configs):
-        found[kind], stale[kind] = None, reason
+    stale = dict(why_stale(name, found, results, configs))
+    found |= dict.fromkeys(stale)
     config = _config(configs / "predict.yaml", "predict")
+    train = read_yaml(configs / "train.yaml") if (configs / "train.yaml").is_file() else {}
     data_dir = config.get("dataset_dir")
     run = provenance.read_run(saves)
     scored, examined = ((found[kind] or {}).get("made_of") for kind in ("scores", "exam"))
@@ -33,29 +32,20 @@ def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dic
             name, configs.parent, train=run and run["made_of"], predict=scored, exam=examined
         ),
         "stale": stale,
-        "exam_rows": _rows(results / "exam.jsonl") if found["exam"] else [],
+        "exam_rows": list(read_jsonl(results / "exam.jsonl")) if found["exam"] else [],
         "run": run,
         "losses": read_losses(saves),
         "base": (config.get("model_name_or_path"), "adapter_name_or_path" in config),
         "data_dir": data_dir,
         "manifest": (read_json(Path(data_dir) / "manifest.json") or {}).get("datasets") if data_dir else None,
         "audit": read_json(Path(data_dir) / "audit.json") if data_dir else None,
-        "datasets": _trained_on(configs),
+        "datasets": provenance.dataset_names(train["dataset"]) if train.get("dataset") else [],
         "answers": answers,
     }
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return list(read_jsonl(path)) if path.is_file() else []
-
-
 def _config(path: Path, kind: str) -> dict[str, Any]:
     return load(path, kind=kind) if path.is_file() else {}
-
-
-def _trained_on(configs: Path) -> list[str]:
-    config = read_yaml(configs / "train.yaml") if (configs / "train.yaml").is_file() else {}
-    return provenance.dataset_names(config["dataset"]) if config.get("dataset") else []
 
 
 def why_stale(
@@ -110,10 +100,10 @@ def _why_scores_are_stale(name: str, about: dict[str, Any], results: Path, confi
 
 def best_and_worst(results: Path, predict_config: Path, scores: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return {"best": ..., "worst": ...}: the records with the highest and lowest mean of the metrics, no record in both."""
-    rows = _rows(results / "per_record.jsonl")
-    means = [(sum(row[name] for name in metric_names()) / len(metric_names()), -at) for at, row in enumerate(rows)]
+    rows, names = read_jsonl(results / "per_record.jsonl"), metric_names()
+    means = sorted((sum(row[name] for name in names) / len(names), -at) for at, row in enumerate(rows))
     each = min(SHOWN_ANSWERS, len(means) // 2)
-    places = {"best": heapq.nlargest(each or len(means), means), "worst": heapq.nsmallest(each, means)}
+    places = {"best": means[::-1][: each or len(means)], "worst": means[:each]}
     wanted = {-at: mean for chosen in places.values() for mean, at in chosen}
     predictions = read_jsonl(results / "generated_predictions.jsonl") if wanted else []
     records = {

@@ -1,5 +1,7 @@
 """The report's tables as rows of text; a column is a line of one of the lists below."""
 
+import html
+import re
 from typing import Any
 
 from medasst_tools.evaluation.score import interval, metric_names
@@ -119,6 +121,5 @@ def printed(results: dict[str, dict[str, Any]]) -> str:
 def cell(text: str, length: int = 160) -> str:
     """Return a model's text as it can stand in a table: one line, nothing that Markdown or HTML would read as its own."""
     line = " ".join(text.split())
-    line = line[:length] + ("…" if len(line) > length else "")
-    escaped = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return "".join(f"\\{character}" if character in "\\`*_{}[]()#+!|~" else character for character in escaped)
+    line = html.escape(line[:length] + ("…" if len(line) > length else ""), quote=False)
+    return re.sub(r"[\\`*_{}\[\]()#+!|~]", r"\\\g<0>", line)

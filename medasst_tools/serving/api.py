@@ -70,8 +70,5 @@ def build_app(config: dict[str, Any], name: str, key: str | None, concurrent: in
 
     from medasst_tools.serving.api_server import ApiServer
 
-    try:
-        engine = ChatModel(config).engine
-    except (ValueError, OSError) as error:  # a setting that it doesn't know, a model that isn't there
-        raise UserError(f"LLaMA-Factory refuses the config: {' '.join(str(error).split())}") from None
-    return ApiServer(engine, name, key, concurrent, queue, time_limit, is_env_enabled("API_VERBOSE"))
+    verbose = is_env_enabled("API_VERBOSE")
+    return ApiServer(ChatModel(config).engine, name, key, concurrent, queue, time_limit, verbose)

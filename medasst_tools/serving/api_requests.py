@@ -65,8 +65,7 @@ class Message(_Strict):
 
     def turn(self) -> dict[str, str]:
         """Return it as LLaMA-Factory takes it."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 

@@ -28,6 +28,7 @@ from medasst_tools.training.checkpoints import weights_fault
 
 DONE = "export.json"
 RELEASED = ("config.json", "generation_config.json", "chat_template.jinja", *provenance.TOKENIZER_FILES)
+RESULTS = Path("results")
 PROMPT_KEYS = ("template", "default_system", "enable_thinking")
 
 
@@ -37,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="over what the file says, as for llamafactory-cli"
     )
-    parser.add_argument("--results-dir", type=Path, default=Path("results"), help="where the scores are (results)")
     preflight.add_arguments(parser)
 
 
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> None:
     target = Path(config["export_dir"])
     trained = provenance.check_model(config, args.config)
     about = made_of(config)
-    card = render_card(gather_facts(args.config.parent.name, config, trained, args.results_dir))
+    results = RESULTS / args.config.parent.name
+    card = render_card(gather_facts(results, config, trained))
     if provenance.up_to_date(target / DONE, about):
         write_text(target / "README.md", card)  # the scores may be new
         return
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         made = Path(folder) / target.name
-        with console.logged(args.results_dir / args.config.parent.name / "export.log"):
+        with console.logged(results / "export.log"):
             corrections = merge(config | {"export_dir": str(made)})
         note = {"corrections": corrections} | hardware.made_with()
         write_json(made / DONE, provenance.record(made / DONE, about, sorted(made.glob("*"))) | note)
@@ -104,8 +105,6 @@ def merge(config: dict[str, Any]) -> list[str]:
 
     export_model(config)
     folder = Path(config["export_dir"])
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"LLaMA-Factory wrote no safetensors into {folder}; is export_legacy_format set?")
     if fault := weights_fault(folder):
         raise CheckFailed(f"the merged weights: {fault}; is the base whole? Not exported")
     base = Path(config["model_name_or_path"])
@@ -165,12 +164,10 @@ def tokenizer_for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- the card -------------------------------------------------------------------------------------------------------
-def gather_facts(
-    experiment: str, config: dict[str, Any], run: dict[str, Any] | None, results_dir: Path
-) -> dict[str, Any]:
+def gather_facts(folder: Path, config: dict[str, Any], run: dict[str, Any] | None) -> dict[str, Any]:
     """Return everything that the model card says; what isn't known, or isn't of this model, is None or empty."""
     base, identity = config["model_name_or_path"], provenance.model_identity(config)
-    found = {name: read_json(results_dir / experiment / f"{name}.json") for name in ("scores", "exam", "safety")}
+    found = {name: read_json(folder / f"{name}.json") for name in ("scores", "exam", "safety")}
     made_of = {name: (result or {}).get("made_of", {}) for name, result in found.items()}
     results = {name: found[name] if made_of[name].get("model") == identity else None for name in found}
     made = (run or {}).get("made_of", {})
@@ -178,8 +175,8 @@ def gather_facts(
     datasets = [one["settings"]["dataset"] for one in (*below, made) if one.get("settings", {}).get("dataset")]
     scored, examined = (made_of[name] if results[name] else None for name in ("scores", "exam"))
     return results | {
-        "experiment": experiment,
-        "shown": provenance.shown_name(experiment, train=made, predict=scored, exam=examined),
+        "experiment": folder.name,
+        "shown": provenance.shown_name(folder.name, train=made, predict=scored, exam=examined),
         "base": base,
         "base_facts": base_facts(base),
         "template": config["template"],
@@ -187,7 +184,7 @@ def gather_facts(
         "system": config.get("default_system"),
         "run": run,
         "settings": made.get("settings", {}),
-        "data": data_rows(experiment, ",".join(datasets)),
+        "data": data_rows(folder.name, ",".join(datasets)),
         "files": {name: sha for one in (*below, made) for name, sha in one.get("files", {}).items()},
         "adapter_sha256": identity.get("adapter"),
         "notice_zh": NOTICE_ZH,

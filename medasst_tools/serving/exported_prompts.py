@@ -6,13 +6,12 @@ LLaMA-Factory trains on; the Modelfile is written from the same template (the te
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from medasst_tools.errors import CheckFailed
-from medasst_tools.files import write_json
+from medasst_tools.files import read_json, write_json
 
 DIALOGUE = [
     {"role": "user", "content": "孩子发烧 38.5 度怎么办？"},
@@ -41,7 +40,9 @@ def correct_prompts(folder: Path, chat: dict[str, Any]) -> list[str]:
     if difference := chat_template_difference(released, released.chat_template, wanted):
         corrections.append(f"chat_template.jinja: {difference}")
         (folder / "chat_template.jinja").write_text(chat_template_of(served, released), encoding="utf-8")
-        _without_older_template(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json") or {}
+        if config.pop("chat_template", None):  # older readers look there first
+            write_json(folder / "tokenizer_config.json", config)
     # llama3's template adds Llama 3.1's <|eom_id|> to the tokenizer: Llama 3 has no embedding for it
     known = released.get_vocab().values()
     stops = sorted(token for token in template.get_stop_token_ids(tokenizer) if token in known)
@@ -51,16 +52,9 @@ def correct_prompts(folder: Path, chat: dict[str, Any]) -> list[str]:
     return corrections
 
 
-def _without_older_template(path: Path) -> None:
-    """Older readers look into tokenizer_config.json first."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.pop("chat_template", None):
-        write_json(path, config)
-
-
 def _stop_at(path: Path, stops: list[int]) -> str | None:
     """Let generation_config.json end an answer where the training's answers end; return what was wrong, None if nothing."""
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) or {}
     before = config.get("eos_token_id")
     if set(before if isinstance(before, list) else [before]) >= set(stops):
         return None
@@ -88,12 +82,10 @@ def chat_template_difference(tokenizer, chat_template: str | None, wanted: dict[
         name = "another system prompt" if system else "its own system prompt"
         messages = [{"role": "system", "content": system}] * bool(system) + DIALOGUE
         try:
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=chat_template, tokenize=False, add_generation_prompt=True
-            )
+            asked = tokenizer.apply_chat_template(messages, chat_template=chat_template, add_generation_prompt=True)
         except Exception as error:  # a template's own code: gemma's raises at a system message
             return f"it refuses {name}: {error}"
-        if without_bos(tokenizer.encode(text, add_special_tokens=False), tokenizer) != expected:
+        if without_bos(asked["input_ids"], tokenizer) != expected:
             return f"another prompt than in training, with {name}"
     return None
 
