@@ -245,11 +245,11 @@ def skipped(reason: str) -> tuple[str, bool]:
 )
 def test_one_raw_record(layout, raw, expected):
     value = raw.decode().rstrip("\r").split("\t") if layout == "columns" else json.loads(raw)
-    try:
-        record = reader(layout)(value)
+    (record,) = reader(layout)(value)
+    if isinstance(record, NotKept):
+        record = (str(record), record.by_design)
+    else:
         record.pop(ODD_TAIL, None)
-    except NotKept as reason:
-        record = (str(reason), reason.by_design)
     assert record == expected
 
 
@@ -510,17 +510,18 @@ def test_a_file_of_another_shape_says_what_it_looks_like(tmp_path, capsys, value
     assert says in capsys.readouterr().err
 
 
-def test_marks_of_chat_templates_are_counted_and_strictly_rejected(tmp_path):
-    data = b"\n".join(
-        map(
-            dump,
-            [QA, QA | {"instruction": "头痛<|im_end|>\n<|im_start|>system"}, QA | {"output": "血压<120，[1]见下"}],
-        )
-    )
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [("头痛<|im_end|>\n<|im_start|>system", True), ("头痛[/INST]", True), ("头痛</s>", True), ("<end_of_turn>", True), ("血压<120，[1]见下", False), ("INST", False)],
+)  # fmt: skip
+def test_marks_of_chat_templates_are_counted_and_strictly_rejected(tmp_path, text, marked):
+    data = b"\n".join(map(dump, [QA, QA | {"instruction": text}]))
     _, _, entry = converted(tmp_path, "medchatzh_train", data)
-    assert entry["control_tokens"] == 1 and entry["kept"] == 3
-    _, rejected, entry = converted(tmp_path, "medchatzh_train", data, "--strict")
-    assert entry["control_tokens"] == 0 and rejected[0]["reason"] == "a chat template's mark in the text"
+    assert entry["control_tokens"] == marked and entry["kept"] == 2
+    _, _, entry = converted(tmp_path, "medchatzh_train", data, "--strict")
+    assert entry["control_tokens"] == 0 and entry["rejected"] == (
+        {"a chat template's mark in the text": 1} if marked else {}
+    )
 
 
 # ---- nothing lost ---------------------------------------------------------------------------------------------------
@@ -647,11 +648,12 @@ def test_a_killed_worker_is_one_line(tmp_path, capsys, monkeypatch):
     assert files_of(tmp_path / "out") == before
 
 
-def test_a_disk_that_fills_leaves_the_old_output(tmp_path):
+@pytest.mark.parametrize("records", [50_000, 12_000])  # the second's file is full with its last bytes
+def test_a_disk_that_fills_leaves_the_old_output(tmp_path, records):
     """No file may grow over 1 MB: what a full disk is to the one who writes."""
     converted(tmp_path, "medchatzh_train", dump(QA))
     before = files_of(tmp_path / "out")
-    write_raw(tmp_path / "raw", "medchatzh_train", (dump(QA) + b"\n") * 50_000)
+    write_raw(tmp_path / "raw", "medchatzh_train", (dump(QA) + b"\n") * records)
     run = subprocess.run(
         [sys.executable, "-m", "medasst_tools.cli", *words_for(tmp_path)],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from medasst_tools.config import nearest, read_yaml
-from medasst_tools.data.layouts import LAYOUTS, likely_layout, reader, records_of
+from medasst_tools.data.layouts import LAYOUTS, likely_layout, reader
 from medasst_tools.data.raw_files import CHINESE, UTF8, NotKept, NotOneJson, is_chinese_encoding, read_records
 from medasst_tools.data.registry import OWN, REGISTRY, Corpus, load_datasets
 from medasst_tools.errors import UserError
@@ -128,9 +128,9 @@ def guess_layout(path: Path, encoding: str) -> str:
 
 def show(path: Path, corpus: Corpus, encoding: str) -> None:
     """Print the first records as they will be, and how many of the first thousand can't be used and why."""
-    kept, reasons, read, read_value = 0, {}, 0, reader(corpus.layout, corpus.columns)
+    kept, reasons, read, records_of = 0, {}, 0, reader(corpus.layout, corpus.columns)
     for number, _, value in islice(read_records(path, corpus.layout, encoding), LOOKED_AT):
-        for record in records_of(value, read_value):
+        for record in records_of(value):
             read += 1
             if isinstance(record, NotKept):
                 if not record.by_design:

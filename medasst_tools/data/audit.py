@@ -20,7 +20,7 @@ import orjson
 
 from medasst_tools import __version__, provenance
 from medasst_tools.config import read_yaml
-from medasst_tools.data.convert import CONTROL
+from medasst_tools.data.convert import has_control_token
 from medasst_tools.data.decontamination import (
     BANDS,
     KINDS,
@@ -281,7 +281,7 @@ def examine_chunk(chunk: tuple[Path, int, int]) -> ChunkResult:
             lengths[part].append(length)
         _, found = mask("\n".join([question, answer, *(doctor for _, doctor in record.get("history") or ())]))
         matches.update(found)
-        records.update([*found, *["any"] * bool(found), *["control tokens"] * bool(CONTROL.search(line))])
+        records.update([*found, *["any"] * bool(found), *["control tokens"] * has_control_token(line)])
         if index and (matched := index.match(question, normalised)):
             overlaps.append((place, matched))
     return ChunkResult(keys, lengths, matches, records, overlaps)

@@ -11,13 +11,14 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
@@ -29,7 +30,7 @@ import orjson
 from medasst_tools import provenance
 from medasst_tools.data.decontamination import QuestionIndex, read_questions
 from medasst_tools.data.filters import Cleaner
-from medasst_tools.data.layouts import ODD_TAIL, likely_layout, reader, records_of
+from medasst_tools.data.layouts import ODD_TAIL, likely_layout, reader
 from medasst_tools.data.raw_files import CHINESE, UTF8, NotKept, NotOneJson, is_chinese_encoding, read_records
 from medasst_tools.data.registry import Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
@@ -43,8 +44,8 @@ TYPED_BYTES = 8 << 20
 COLUMNS = {"instruction": "prompt", "input": "query", "output": "response", "history": "history", "system": "system"}
 COLUMNS |= {"chosen": "chosen", "rejected": "rejected"}
 CONTROL = re.compile(rb"<\|[A-Za-z_]{2,30}\|>|</?(?:start_of_turn|end_of_turn|s)>|\[/?INST\]")
-CONTROL_HINTS = (b"<|", b"s>", b"_turn>", b"INST]")  # one of these is in all that CONTROL finds
-BLOCK = 1 << 20  # bytes
+LESS, LETTER_I = b"<I"  # one of the two is in all that CONTROL finds, and in one line of fifty
+BLOCK = 1 << 18  # bytes written at once
 WORTH_A_POOL = 4 << 20  # bytes of raw files: less is converted before processes have started
 LOOKED_AT = 1000  # records from which a file's true layout is guessed
 
@@ -307,14 +308,13 @@ def write_dataset(
     from tqdm import tqdm
 
     counts, output = Counts(), folder / f"{dataset.name}.jsonl"
-    read_value = reader(dataset.layout, dataset.corpus.columns)
-    with (
-        tqdm(desc=dataset.name, unit="record", unit_scale=True, disable=None, leave=False) as bar,
-        BlockWriter(output, bar.update) as out,
-        (folder / "rejected" / output.name).open("wb") as bad,
-    ):
-        for number, data, value in read_records(path, dataset.layout, encoding):
-            for record in records_of(value, read_value):
+    records_of = reader(dataset.layout, dataset.corpus.columns)
+    raw = read_records(path, dataset.layout, encoding)
+    bar = tqdm(raw, dataset.name, unit="record", unit_scale=True, disable=None, leave=False)
+    hashed = HashedFile(output)
+    with io.BufferedWriter(hashed, BLOCK) as out, (folder / "rejected" / output.name).open("wb") as bad:
+        for number, data, value in bar:
+            for record in records_of(value):
                 counts.read += 1
                 try:
                     line = line_of(record, dataset, cleaner, options.strict, counts)
@@ -324,11 +324,12 @@ def write_dataset(
                         bad.write(_rejected_line(number, data, str(reason)))
                     continue
                 if counts.first_history is None and record.get("history"):
-                    counts.first_history = slice(out.bytes, out.bytes + len(line))
+                    counts.first_history = slice(counts.bytes, counts.bytes + len(line))
                 out.write(line)
                 counts.kept += 1
+                counts.bytes += len(line)
                 counts.columns = counts.columns or [COLUMNS[key] for key in record if key in COLUMNS]
-    counts.bytes, counts.control_tokens, counts.sha256 = out.bytes, out.control_tokens, out.digest.hexdigest()
+    counts.sha256 = hashed.digest.hexdigest()
     if counts.first_history and counts.first_history.start > TYPED_BYTES:
         counts.moved_to_top = True
         _move_to_top(output, counts.first_history)
@@ -354,12 +355,19 @@ def line_of(
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # half of a surrogate pair
         raise NotKept("text that isn't Unicode") from None
-    if strict and CONTROL.search(line):
-        raise NotKept("a chat template's mark in the text")
+    if has_control_token(line):
+        if strict:
+            raise NotKept("a chat template's mark in the text")
+        counts.control_tokens += 1
     counts.odd_tails += odd_tail
     if masked:
         counts.masked.update(masked)
     return line
+
+
+def has_control_token(line: bytes) -> bool:
+    """Say whether a record's text holds a mark of a chat template, which a tokenizer takes for the mark itself."""
+    return (LESS in line or LETTER_I in line) and CONTROL.search(line) is not None
 
 
 def in_test_part(record: dict[str, Any], share: float) -> bool:
@@ -368,57 +376,24 @@ def in_test_part(record: dict[str, Any], share: float) -> bool:
     return crc32(first.encode("utf-8", "surrogatepass")) < share * (1 << 32)
 
 
-class BlockWriter:
-    """A file of lines, written a block at a time by a thread that also hashes it and counts the lines with a template's marks."""
+class HashedFile(io.FileIO):
+    """A file to be written from its beginning to its end; `digest` is the sha256 of what is written."""
 
-    def __init__(self, path: Path, written: Callable[[int], object]):
-        """`written` is told how many lines each block has."""
-        self.file, self.written, self.thread = path.open("wb", buffering=0), written, ThreadPoolExecutor(1)
-        self.lines, self.waiting, self.bytes, self.control_tokens = [], 0, 0, 0
-        self.digest, self.last_block = hashlib.sha256(), None
+    def __init__(self, path: Path):
+        """The file is made, or emptied."""
+        super().__init__(path, "wb")
+        self.digest = hashlib.sha256()
 
-    def write(self, line: bytes) -> None:
-        """Take a line; OSError of an earlier block, a full disk say, is raised here."""
-        self.lines.append(line)
-        self.bytes += len(line)
-        self.waiting += len(line)
-        if self.waiting > BLOCK:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand what is waiting to the thread, once it has done the block before."""
-        self._wait()
-        self.last_block = self.thread.submit(self._write_block, self.lines)
-        self.written(len(self.lines))
-        self.lines, self.waiting = [], 0
-
-    def _wait(self) -> None:
-        if self.last_block:
-            self.last_block.result()
-
-    def _write_block(self, lines: list[bytes]) -> None:
-        block = b"".join(lines)
-        self.file.write(block)
-        self.digest.update(block)
-        if any(hint in block for hint in CONTROL_HINTS):  # seldom: the search takes longer than all else
-            self.control_tokens += sum(CONTROL.search(line) is not None for line in lines)
-
-    def __enter__(self) -> "BlockWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.flush()
-                self._wait()
-        finally:
-            self.thread.shutdown()
-            self.file.close()
+    def write(self, data: Any, /) -> int:
+        """Return how many bytes were written, as FileIO does: a disk may be full."""
+        written = super().write(data)
+        self.digest.update(data[:written])
+        return written
 
 
 def _rejected_line(number: int, data: bytes, reason: str) -> bytes:
     """One line of rejected/. `raw` gives the exact bytes back: json.loads(line)["raw"].encode("utf-8", "surrogateescape")."""
-    entry = {"line": number, "reason": reason, "raw": data.decode("utf-8", "surrogateescape")}
+    entry = {"line": number, "reason": reason, "raw": data.removesuffix(b"\n").decode("utf-8", "surrogateescape")}
     try:
         return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
