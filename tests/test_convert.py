@@ -331,6 +331,7 @@ def tarred(data: bytes) -> bytes:
         BOM + b"\r\n".join(map(dump, RECORDS)) + b"\r\n",
         json.dumps(RECORDS, ensure_ascii=False, indent=4).encode(),
         json.dumps(RECORDS).encode(),
+        json.dumps(RECORDS).encode() + b"\n\n",
         b" \n[" + b",\n".join(map(dump, RECORDS)) + b"]\n",
         dump({"data": RECORDS}),
         json.dumps({"version": 1, "train": RECORDS}, indent=2).encode(),
@@ -341,7 +342,7 @@ def tarred(data: bytes) -> bytes:
         BOM + dump(RECORDS),
         BOM + BOM + b"\n".join(map(dump, RECORDS)),
     ],
-    ids=["lines", "bom-crlf", "array-4", "array-compact", "array-per-line", "wrapped", "wrapped-indented", "by-id", "by-id-indented", "gzip", "zip", "array-bom", "two-boms"],
+    ids=["lines", "bom-crlf", "array-4", "array-compact", "array-and-newline", "array-per-line", "wrapped", "wrapped-indented", "by-id", "by-id-indented", "gzip", "zip", "array-bom", "two-boms"],
 )  # fmt: skip
 def test_containers_by_content(tmp_path, data):
     records, rejected, _ = converted(tmp_path, "medchatzh_train", data)
@@ -469,12 +470,18 @@ def test_paths_that_leave_an_archive(name, leaves):
 
 
 # ---- encodings, shapes, marks ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("as_array", [False, True])
-def test_gb18030_is_read_and_said(tmp_path, capsys, as_array):
-    text = (
-        json.dumps(RECORDS, ensure_ascii=False) if as_array else "\n".join(dump(record).decode() for record in RECORDS)
-    )
-    records, rejected, entry = converted(tmp_path, "medchatzh_train", text.encode("gb18030"))
+@pytest.mark.parametrize(
+    ("dataset", "text"),
+    [
+        ("medchatzh_train", b"\n".join(map(dump, RECORDS))),
+        ("medchatzh_train", dump(RECORDS)),
+        ("huatuogpt_sft_train", b"\n".join(dump({"data": ["问：头痛", f"答：答{number}。"]}) for number in range(5))),
+        ("webmedqa_train", "\n".join(f"科\t1\t7\t头痛\t答{number}。" for number in range(5)).encode()),
+    ],
+    ids=["lines", "array", "lines-of-lists", "columns"],
+)
+def test_gb18030_is_read_and_said(tmp_path, capsys, dataset, text):
+    records, rejected, entry = converted(tmp_path, dataset, text.decode().encode("gb18030"))
     assert [record["output"] for record in records] == [f"答{number}。" for number in range(5)] and not rejected
     assert entry["encoding"] == "gb18030" and "read as gb18030" in capsys.readouterr().out
 
@@ -796,7 +803,7 @@ def test_names_of_columns_and_a_folder_of_files(tmp_path, own, capsys):
     for n in range(3):
         (tmp_path / f"mine/{n}.jsonl").write_bytes(dump({"foo": f"问{n}", "bar": f"答{n}", "title": "x"}))
     assert cli.main(["add-corpus", str(tmp_path / "mine"), "--name", "mine"]) == 2
-    assert "no layout fits its records (keys foo, bar, title)" in capsys.readouterr().err
+    assert "no layout fits its records (an object with foo, bar, title)" in capsys.readouterr().err
     words = ["add-corpus", str(tmp_path / "mine"), "--name", "mine", "--columns", "question=foo,answer=bar"]
     assert cli.main(words) == 0
     (tmp_path / "raw").mkdir()

@@ -20,7 +20,7 @@ import orjson
 
 from medasst_tools import __version__, provenance
 from medasst_tools.config import read_yaml
-from medasst_tools.data.convert import has_control_token
+from medasst_tools.data.convert import COLUMNS, has_control_token
 from medasst_tools.data.decontamination import (
     BANDS,
     KINDS,
@@ -175,8 +175,7 @@ def _alpaca(record: Any, formatting: str | None, columns: dict[str, str]) -> Any
         raise NotKept("not an object")
     if formatting == "sharegpt":
         return read_sharegpt({"conversations": record.get(columns.get("messages", "conversations"))})
-    names = {"instruction": "prompt", "input": "query", "output": "response", "history": "history"}
-    return read_instruction({ours: record.get(columns.get(theirs, ours)) for ours, theirs in names.items()})
+    return read_instruction({ours: record.get(columns.get(theirs, ours)) for ours, theirs in COLUMNS.items()})
 
 
 def exam_questions(exams_dir: Path | None) -> dict[str, list[str]]:

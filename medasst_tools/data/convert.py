@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -30,8 +29,16 @@ import orjson
 from medasst_tools import provenance
 from medasst_tools.data.decontamination import QuestionIndex, read_questions
 from medasst_tools.data.filters import Cleaner
-from medasst_tools.data.layouts import ODD_TAIL, likely_layout, reader
-from medasst_tools.data.raw_files import CHINESE, UTF8, NotKept, NotOneJson, is_chinese_encoding, read_records
+from medasst_tools.data.layouts import ODD_TAIL, likely_layout, reader, shape_of
+from medasst_tools.data.raw_files import (
+    CHINESE,
+    UTF8,
+    NotKept,
+    NotOneJson,
+    first_values,
+    is_chinese_encoding,
+    read_records,
+)
 from medasst_tools.data.registry import Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import locked, read_json, sha256_of, write_json
@@ -47,7 +54,6 @@ CONTROL = re.compile(rb"<\|[A-Za-z_]{2,30}\|>|</?(?:start_of_turn|end_of_turn|s)
 LESS, LETTER_I = b"<I"  # one of the two is in all that CONTROL finds, and in one line of fifty
 BLOCK = 1 << 18  # bytes written at once
 WORTH_A_POOL = 4 << 20  # bytes of raw files: less is converted before processes have started
-LOOKED_AT = 1000  # records from which a file's true layout is guessed
 
 
 class Options(NamedTuple):
@@ -99,16 +105,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert the datasets asked for and write the manifest."""
     check_options(args)
-    if (args.out_dir / "dataset_info.json").is_file() and not (args.out_dir / "manifest.json").is_file():
+    manifest = read_json(args.out_dir / "manifest.json")  # damaged: said before the work
+    if manifest is None and (args.out_dir / "dataset_info.json").is_file():
         print(
             f"{args.out_dir} is your own (a dataset_info.json and no manifest.json) and is used as it is; nothing converted"
         )
         return
     options = Options(args.drop_overlap, args.drop_duplicates, args.mask_personal_data, args.strict, args.encoding)
     sources = choose_sources(args.datasets, args.raw_dir)
-    before = (read_json(args.out_dir / "manifest.json") or {"datasets": {}})[
-        "datasets"
-    ]  # damaged: said before the work
+    before = manifest["datasets"] if manifest else {}
     about = {dataset.name: made_of(dataset, sources, options) for dataset in sources}
     changed = {name: why for name in about if (why := what_differs(args.out_dir, before.get(name), about[name]))}
     if not changed:
@@ -163,7 +168,8 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
         if path is not None:
             chosen[dataset] = path
             continue
-        missing.append(f"{dataset.name} needs {' or '.join(map(str, places))}{_where_from(dataset)}")
+        source = f", from {dataset.corpus.homepage}" if dataset.corpus.homepage else ""
+        missing.append(f"{dataset.name} needs {' or '.join(map(str, places))}{source}")
         if like := _misnamed(raw_dir / dataset.corpus.name, dataset.files, known):
             print(said(f"warning: {like} isn't read: {missing[-1]}; rename it?"))
     if names and missing:
@@ -173,10 +179,6 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
     if not chosen:
         raise UserError(f"no raw file in {raw_dir}: `medasst download` fetches them; for example {missing[0]}")
     return chosen
-
-
-def _where_from(dataset: Dataset) -> str:
-    return f", from {dataset.corpus.homepage}" if dataset.corpus.homepage else ""
 
 
 def _misnamed(folder: Path, files: list[str], known: dict[str, Dataset]) -> Path | None:
@@ -197,10 +199,9 @@ def made_of(dataset: Dataset, sources: dict[Dataset, Path], options: Options) ->
         "columns": dataset.corpus.columns,
         "share": dataset.share,
         "variant": options.variant(),
+        "encoding": options.encoding or dataset.corpus.encoding or "by content",
     }
-    settings = {key: value for key, value in how.items() if value} | {
-        "encoding": options.encoding or dataset.corpus.encoding or "by content"
-    }
+    settings = {key: value for key, value in how.items() if value}
     return provenance.made_of(settings, files, versions={"medasst data": provenance.code_sha256("data")})
 
 
@@ -247,23 +248,18 @@ def convert_all(
     if workers == 1 or len(sources) == 1 or options.drop_overlap or options.drop_duplicates or size < WORTH_A_POOL:
         index, seen = None, set()
         for dataset in ordered:
-            if options.drop_overlap and not is_test(dataset.name) and index is None:
+            test = is_test(dataset.name)  # stays as it was published, but for masks
+            if options.drop_overlap and not test and index is None:
                 index = test_index(staging, out_dir)
-            cleaner = Cleaner.of(options, is_test(dataset.name), index, seen)
+            copies = seen if options.drop_duplicates and not test else None
+            cleaner = Cleaner(index, copies, options.mask_personal_data)
             yield dataset.name, convert_dataset(dataset, sources[dataset], staging, options, cleaner)
         return
+    cleaner = Cleaner(None, None, options.mask_personal_data)
     with ProcessPoolExecutor(workers) as pool:  # the largest first, so that none is waited for at the end
-        largest = sorted(ordered, key=lambda dataset: -sources[dataset].stat().st_size)
         jobs = {
-            dataset.name: pool.submit(
-                convert_dataset,
-                dataset,
-                sources[dataset],
-                staging,
-                options,
-                Cleaner.of(options, is_test(dataset.name), None, set()),
-            )
-            for dataset in largest
+            dataset.name: pool.submit(convert_dataset, dataset, sources[dataset], staging, options, cleaner)
+            for dataset in sorted(ordered, key=lambda dataset: -sources[dataset].stat().st_size)
         }
         for dataset in ordered:
             try:
@@ -460,21 +456,10 @@ def _true_shape(dataset: Dataset, path: Path, entry: dict[str, Any]) -> str:
         return ""
     if entry["rejected"].get("not UTF-8", 0) * 2 > entry["read"]:
         return " (neither UTF-8 nor GB18030; give its --encoding: big5?)"
-    values = []
-    for _, _, value in islice(read_records(path, "", entry["encoding"]), LOOKED_AT):
-        if not isinstance(value, NotKept):
-            values.append(value)
-    found = likely_layout(values)
-    shape = (
-        "a list"
-        if values and isinstance(values[0], list)
-        else f"an object with {', '.join(map(str, values[0]))[:80]}"
-        if values
-        else ""
-    )
-    reason = max(entry["rejected"], key=entry["rejected"].get)
-    says = f" ({reason}; its records are {shape}" if shape else f" ({reason}"
-    return says + (f": layout {found}, not {dataset.layout})" if found and found != dataset.layout else ")")
+    values = [value for value in first_values(path, entry["encoding"]) if not isinstance(value, NotKept)]
+    layout, reason = likely_layout(values), max(entry["rejected"], key=entry["rejected"].get)
+    says = f" ({reason}; its records are {shape_of(values[0])}" if values else f" ({reason}"
+    return says + (f": layout {layout}, not {dataset.layout})" if layout not in (None, dataset.layout) else ")")
 
 
 def publish(staging: Path, out_dir: Path, entries: dict[str, Any]) -> None:

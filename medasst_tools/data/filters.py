@@ -19,16 +19,6 @@ class Cleaner:
         self.index, self.seen, self.masks = index, seen, masks
         self.idle = index is None and seen is None and not masks
 
-    @classmethod
-    def of(cls, options: Any, is_test: bool, index: QuestionIndex | None, seen: set[int]) -> "Cleaner":
-        """Return the filters that the options ask for; a test set stays as it was published, but for masks."""
-        training = not is_test
-        return cls(
-            index if options.drop_overlap and training else None,
-            seen if options.drop_duplicates and training else None,
-            options.mask_personal_data,
-        )
-
     def clean(self, record: dict[str, Any]) -> tuple[dict[str, Any], Counter, str | None]:
         """Return (record, pieces masked by kind, why it goes or None). Questions are looked up as they were, and masked."""
         asked, masked = question_of(record), Counter()

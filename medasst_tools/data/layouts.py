@@ -329,3 +329,10 @@ def likely_layout(values: list[Any]) -> str | None:
     order.append("history" if has_history else "qa")
     best = max(order, key=lambda name: usable[name])
     return best if values and usable[best] * 2 >= len(values) else None
+
+
+def shape_of(value: Any) -> str:
+    """Describe a raw record that no layout, or another one than was named, fits."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(str, value))[:80]}"
+    return "a list" if isinstance(value, list) else f"{type(value).__name__} {value!r:.80}"

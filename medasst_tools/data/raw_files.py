@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -24,6 +25,7 @@ from medasst_tools.files import LFS_POINTER
 
 MAX_RECORD_BYTES = 1 << 24  # the longest answer of the corpora has 6,608 characters; a longer "line" is damage
 PEEKED = 1 << 20  # bytes that are looked at to tell a container
+LOOKED_AT = 1000  # records by which a file's layout and encoding are told
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more
 BOM = b"\xef\xbb\xbf"
 UTF8, CHINESE = "utf-8", "gb18030"
@@ -47,7 +49,8 @@ PACKED = {  # how files begin that aren't text, also when they lie in a gzip or 
     b"%PDF": "a PDF",
 }
 # keys whose list of objects is one record's dialogue, not a wrapped array of records
-DIALOGUE_KEYS = ("messages", "conversations", "conversation", "history", "data")
+DIALOGUE_KEYS = ("messages", "conversations", "conversation", "history")
+OPENS_OBJECTS = re.compile(rb'\{\s*"([^"]*)"\s*:\s*\[\s*(?:\{|$)')
 
 
 class NotKept(Exception):
@@ -85,6 +88,11 @@ def read_records(path: Path, layout: str = "", encoding: str = UTF8) -> Iterator
             yield from _array(path, stream, encoding)
         else:
             yield from _lines(stream, _json_parser(encoding), encoding)
+
+
+def first_values(path: Path, encoding: str = UTF8) -> list[Any]:
+    """Return what the first records of a file or folder hold, or why they hold nothing."""
+    return [value for _, _, value in islice(read_records(path, "", encoding), LOOKED_AT)]
 
 
 # ---- opening --------------------------------------------------------------------------------------------------------
@@ -213,25 +221,18 @@ def is_chinese_encoding(path: Path) -> bool:
 def is_one_value(stream: io.BufferedReader) -> bool:
     """Say whether an opened JSON file is one value, an array or an object around one, and not a value a line."""
     head = stream.peek(PEEKED).lstrip()
-    if head[:1] == b"[":
-        first, more, _ = head.partition(b"\n")
-        # lines that are lists themselves: pairs, say
-        return not (more and _parses(first))
-    if head[:1] != b"{":
-        return False
     first, _, rest = head.partition(b"\n")
-    if not _parses(first):
-        return first.strip() in (b"{", b"") or _opens_array(first)
-    value = orjson.loads(first)
-    return not rest.strip() and (bool(_lists_of_records(value)) or _is_by_id(value))
-
-
-def _opens_array(first: bytes) -> bool:
-    """A first line without an end that opens an array of objects: longer than what is looked at, or broken across lines."""
-    key, _, value = first[1:].lstrip().partition(b":")
-    return (
-        key.rstrip().strip(b'"') not in [name.encode() for name in DIALOGUE_KEYS[:-1]] and value.lstrip()[:1] == b"["
-    )
+    try:
+        value = orjson.loads(first)
+    except orjson.JSONDecodeError:  # broken across lines, longer than what is looked at, or of another encoding
+        opened = OPENS_OBJECTS.match(first)
+        wrapped = opened is not None and opened[1].decode(UTF8, "replace") not in DIALOGUE_KEYS
+        return wrapped or head[:1] == b"[" or first.strip() == b"{"
+    if rest.strip():
+        return False
+    if isinstance(value, list):  # not one pair of texts, though
+        return not value or not all(isinstance(element, str) for element in value)
+    return isinstance(value, dict) and (bool(_lists_of_records(value)) or _is_by_id(value))
 
 
 def _lists_of_records(value: dict[str, Any]) -> dict[str, list]:
@@ -239,21 +240,13 @@ def _lists_of_records(value: dict[str, Any]) -> dict[str, list]:
     return {
         key: inner
         for key, inner in value.items()
-        if key not in DIALOGUE_KEYS[:-1] and isinstance(inner, list) and inner and isinstance(inner[0], dict)
+        if key not in DIALOGUE_KEYS and isinstance(inner, list) and inner and isinstance(inner[0], dict)
     }
 
 
 def _is_by_id(value: dict[str, Any]) -> bool:
     """Say whether an object holds records under their ids."""
     return len(value) > 1 and all(isinstance(inner, dict) for inner in value.values())
-
-
-def _parses(data: bytes) -> bool:
-    try:
-        orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return False
-    return True
 
 
 def _lines(stream: BinaryIO, parse: Callable[[bytes], Any], encoding: str) -> Iterator[Raw]:
