@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from medasst_tools import cli
 from medasst_tools.data import add_corpus, convert, registry
 from medasst_tools.data.layouts import LAYOUTS, ODD_TAIL, likely_layout, reader
-from medasst_tools.data.raw_files import BOM, MAX_RECORD_BYTES, NotKept, leaves_archive, read_records
+from medasst_tools.data.raw_files import BOM, MAX_RECORD_BYTES, NotKept, read_records
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
 
@@ -437,8 +437,7 @@ def test_unusable_files_are_one_line_and_status_2(tmp_path, capsys, data, messag
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"../a.txt": b"x"}, "leaves the archive"),
-        ({"/a.txt": b"x"}, "leaves the archive"),
+        *(({name: b"x"}, "leaves the archive") for name in ("../a", "/a", "a/../../b", "C:\\b", "..\\b")),
         ({"a.txt": b"x", "b.txt": b"y"}, "must hold one text file"),
         ({"a.txt": b"0" * 50_000_000}, "a zip bomb?"),
     ],
@@ -460,13 +459,6 @@ def test_webmedqa_in_its_released_zip(tmp_path):
     assert run_convert(tmp_path, "webmedqa_train") == 0
     entry = manifest_of(tmp_path)["webmedqa_train"]
     assert (entry["read"], entry["kept"], entry["skipped"]) == (2, 1, {"label 0": 1})
-
-
-@pytest.mark.parametrize(
-    ("name", "leaves"), [("a/b.txt", False), ("a/../../b", True), ("C:\\b", True), ("..\\b", True), ("/b", True)]
-)
-def test_paths_that_leave_an_archive(name, leaves):
-    assert leaves_archive(name) is leaves
 
 
 # ---- encodings, shapes, marks ---------------------------------------------------------------------------------------
@@ -493,14 +485,6 @@ def test_big5_is_not_taken_for_gb18030(tmp_path, capsys):
     assert "neither UTF-8 nor GB18030; give its --encoding: big5?" in capsys.readouterr().err
     records, _, entry = converted(tmp_path, "medchatzh_train", data, "--encoding", "big5")
     assert records[0]["output"] == "請休息" and entry["encoding"] == "big5"
-
-
-def test_an_encoding_can_be_given(tmp_path, capsys):
-    data = dump(QA | {"output": "頭痛"}).decode().encode("big5", "ignore")
-    records, _, entry = converted(tmp_path, "medchatzh_train", data, "--encoding", "big5")
-    assert records[0]["output"] == "頭痛" and entry["encoding"] == "big5"
-    assert run_convert(tmp_path, "--encoding", "klingon") == 2
-    assert "--encoding is 'klingon'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -607,6 +591,7 @@ def test_a_damaged_manifest_is_said_before_the_work(tmp_path, capsys):
         ([], "no raw folder"),
         (["--max-rejects", "2"], "--max-rejects is 2.0, must be a share"),
         (["--workers", "0"], "--workers is 0, must be 1 or more"),
+        (["--encoding", "klingon"], "--encoding is 'klingon'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, capsys, words, message):
@@ -750,6 +735,13 @@ def test_deduplication_over_datasets(tmp_path):
         "medchatzh_train": {"copy of an earlier record": 1},
         "cmtmedqa_train": {"copy of an earlier record": 1},
     }
+
+
+def test_deduplication_of_a_file_that_is_read_again_as_gb18030(tmp_path):
+    """The first try, as UTF-8, has kept the record of ASCII alone."""
+    data = b"\n".join([dump({"instruction": "PSA?", "output": "OK"}), *[dump(QA).decode().encode("gbk")] * 3])
+    _, _, entry = converted(tmp_path, "medchatzh_train", data, "--drop-duplicates")
+    assert entry["kept"] == 2 and entry["skipped"] == {"copy of an earlier record": 2}
 
 
 # ---- corpora of one's own -------------------------------------------------------------------------------------------

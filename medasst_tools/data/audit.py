@@ -152,11 +152,9 @@ def read_folder(data_dir: Path, work: Path) -> dict[str, Path]:
     for name, path in files.items():
         if manifest and path.stat().st_size != manifest["datasets"].get(name, {}).get("bytes"):
             raise UserError(f"{path} isn't what the manifest says (missing or of another size); convert again")
-    return (
-        files
-        if manifest
-        else {name: as_alpaca(path, info[name], work / f"{name}.jsonl") for name, path in files.items()}
-    )
+    if manifest:
+        return files
+    return {name: as_alpaca(path, info[name], work / f"{name}.jsonl") for name, path in files.items()}
 
 
 def as_alpaca(path: Path, described: dict[str, Any], target: Path) -> Path:
@@ -236,20 +234,19 @@ def _chunk_results(path: Path, index: QuestionIndex | None, workers: int) -> Ite
 
     size = path.stat().st_size
     chunks = [(path, start, min(start + CHUNK_BYTES, size)) for start in range(0, size, CHUNK_BYTES)]
-    with tqdm(total=size, unit="B", unit_scale=True, desc=path.stem, disable=None) as bar:
+    with (
+        tqdm(total=size, unit="B", unit_scale=True, desc=path.stem, disable=None) as bar,
+        contextlib.ExitStack() as stack,
+    ):
         if workers == 1 or len(chunks) < 2:
             _set_index(index)
             results = map(examine_chunk, chunks)
-            yield from _with_progress(results, chunks, bar)
         else:
-            with ProcessPoolExecutor(workers, initializer=_set_index, initargs=(index,)) as pool:
-                yield from _with_progress(pool.map(examine_chunk, chunks), chunks, bar)
-
-
-def _with_progress(results: Iterator[ChunkResult], chunks: list[tuple], bar) -> Iterator[ChunkResult]:
-    for result, (_, start, end) in zip(results, chunks, strict=True):
-        yield result
-        bar.update(end - start)
+            pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=_set_index, initargs=(index,)))
+            results = pool.map(examine_chunk, chunks)
+        for result, (_, start, end) in zip(results, chunks, strict=True):
+            yield result
+            bar.update(end - start)
 
 
 _INDEX: list[QuestionIndex | None] = [None]  # a worker's own, set once: too large to send with every chunk

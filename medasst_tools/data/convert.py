@@ -281,7 +281,7 @@ def convert_dataset(dataset: Dataset, path: Path, folder: Path, options: Options
 
     A file of which most isn't UTF-8, but which is GB18030 throughout, is read as that.
     """
-    encoding = options.encoding or dataset.corpus.encoding
+    encoding, seen = options.encoding or dataset.corpus.encoding, frozenset(cleaner.seen or ())
     try:
         counts = write_dataset(dataset, path, folder, encoding or UTF8, options, cleaner)
         doubtful = counts.rejected["not UTF-8"] * 2 > counts.kept + counts.rejected.total()
@@ -291,6 +291,8 @@ def convert_dataset(dataset: Dataset, path: Path, folder: Path, options: Options
             raise
     if not encoding and doubtful and path.is_file() and is_chinese_encoding(path):
         encoding = CHINESE
+        if cleaner.seen:
+            cleaner.seen &= seen  # the records of the first try are no earlier ones
         counts = write_dataset(dataset, path, folder, CHINESE, options, cleaner)
     elif counts is None:
         raise UserError(f"{path} is neither UTF-8 nor GB18030; give its --encoding")
@@ -342,11 +344,7 @@ def line_of(
     if dataset.share is not None and in_test_part(record, dataset.share) != dataset.test_part:
         raise NotKept("in the other part", by_design=True)
     odd_tail = ODD_TAIL in record and record.pop(ODD_TAIL)
-    masked = None
-    if not cleaner.idle:
-        record, masked, reason = cleaner.clean(record)
-        if reason:
-            raise NotKept(reason, by_design=True)
+    record, masked = (record, None) if cleaner.idle else cleaner.clean(record)
     try:
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # half of a surrogate pair
