@@ -135,11 +135,10 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(("words", "answers"), VARIANTS)
-def test_variants(tmp_path, words, answers, workers):
+def test_variants(tmp_path, words, answers):
     raw, out = write_raw(tmp_path / "raw", TRAIN, TEST), tmp_path / "data"
-    assert cli.main(["convert", "--raw-dir", str(raw), "--out-dir", str(out), "--workers", workers, *words]) == 0
+    assert cli.main(["convert", "--raw-dir", str(raw), "--out-dir", str(out), *words]) == 0
     kept = [json.loads(line) for line in (out / "medchatzh_train.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [record["output"] for record in kept] == answers
     entry = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["datasets"]["medchatzh_train"]

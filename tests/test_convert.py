@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from medasst_tools import cli
 from medasst_tools.data import add_corpus, convert, registry
 from medasst_tools.data.layouts import LAYOUTS, ODD_TAIL, likely_layout, reader
-from medasst_tools.data.raw_files import BOM, MAX_RECORD_BYTES, NotKept, leaves_archive, read_records
+from medasst_tools.data.raw_files import BOM, MAX_RECORD_BYTES, NotKept, read_records
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
 
@@ -245,11 +245,11 @@ def skipped(reason: str) -> tuple[str, bool]:
 )
 def test_one_raw_record(layout, raw, expected):
     value = raw.decode().rstrip("\r").split("\t") if layout == "columns" else json.loads(raw)
-    try:
-        record = reader(layout)(value)
+    (record,) = reader(layout)(value)
+    if isinstance(record, NotKept):
+        record = (str(record), record.by_design)
+    else:
         record.pop(ODD_TAIL, None)
-    except NotKept as reason:
-        record = (str(reason), reason.by_design)
     assert record == expected
 
 
@@ -331,6 +331,7 @@ def tarred(data: bytes) -> bytes:
         BOM + b"\r\n".join(map(dump, RECORDS)) + b"\r\n",
         json.dumps(RECORDS, ensure_ascii=False, indent=4).encode(),
         json.dumps(RECORDS).encode(),
+        json.dumps(RECORDS).encode() + b"\n\n",
         b" \n[" + b",\n".join(map(dump, RECORDS)) + b"]\n",
         dump({"data": RECORDS}),
         json.dumps({"version": 1, "train": RECORDS}, indent=2).encode(),
@@ -341,7 +342,7 @@ def tarred(data: bytes) -> bytes:
         BOM + dump(RECORDS),
         BOM + BOM + b"\n".join(map(dump, RECORDS)),
     ],
-    ids=["lines", "bom-crlf", "array-4", "array-compact", "array-per-line", "wrapped", "wrapped-indented", "by-id", "by-id-indented", "gzip", "zip", "array-bom", "two-boms"],
+    ids=["lines", "bom-crlf", "array-4", "array-compact", "array-and-newline", "array-per-line", "wrapped", "wrapped-indented", "by-id", "by-id-indented", "gzip", "zip", "array-bom", "two-boms"],
 )  # fmt: skip
 def test_containers_by_content(tmp_path, data):
     records, rejected, _ = converted(tmp_path, "medchatzh_train", data)
@@ -436,8 +437,7 @@ def test_unusable_files_are_one_line_and_status_2(tmp_path, capsys, data, messag
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"../a.txt": b"x"}, "leaves the archive"),
-        ({"/a.txt": b"x"}, "leaves the archive"),
+        *(({name: b"x"}, "leaves the archive") for name in ("../a", "/a", "a/../../b", "C:\\b", "..\\b")),
         ({"a.txt": b"x", "b.txt": b"y"}, "must hold one text file"),
         ({"a.txt": b"0" * 50_000_000}, "a zip bomb?"),
     ],
@@ -461,20 +461,19 @@ def test_webmedqa_in_its_released_zip(tmp_path):
     assert (entry["read"], entry["kept"], entry["skipped"]) == (2, 1, {"label 0": 1})
 
 
-@pytest.mark.parametrize(
-    ("name", "leaves"), [("a/b.txt", False), ("a/../../b", True), ("C:\\b", True), ("..\\b", True), ("/b", True)]
-)
-def test_paths_that_leave_an_archive(name, leaves):
-    assert leaves_archive(name) is leaves
-
-
 # ---- encodings, shapes, marks ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("as_array", [False, True])
-def test_gb18030_is_read_and_said(tmp_path, capsys, as_array):
-    text = (
-        json.dumps(RECORDS, ensure_ascii=False) if as_array else "\n".join(dump(record).decode() for record in RECORDS)
-    )
-    records, rejected, entry = converted(tmp_path, "medchatzh_train", text.encode("gb18030"))
+@pytest.mark.parametrize(
+    ("dataset", "text"),
+    [
+        ("medchatzh_train", b"\n".join(map(dump, RECORDS))),
+        ("medchatzh_train", dump(RECORDS)),
+        ("huatuogpt_sft_train", b"\n".join(dump({"data": ["问：头痛", f"答：答{number}。"]}) for number in range(5))),
+        ("webmedqa_train", "\n".join(f"科\t1\t7\t头痛\t答{number}。" for number in range(5)).encode()),
+    ],
+    ids=["lines", "array", "lines-of-lists", "columns"],
+)
+def test_gb18030_is_read_and_said(tmp_path, capsys, dataset, text):
+    records, rejected, entry = converted(tmp_path, dataset, text.decode().encode("gb18030"))
     assert [record["output"] for record in records] == [f"答{number}。" for number in range(5)] and not rejected
     assert entry["encoding"] == "gb18030" and "read as gb18030" in capsys.readouterr().out
 
@@ -486,14 +485,6 @@ def test_big5_is_not_taken_for_gb18030(tmp_path, capsys):
     assert "neither UTF-8 nor GB18030; give its --encoding: big5?" in capsys.readouterr().err
     records, _, entry = converted(tmp_path, "medchatzh_train", data, "--encoding", "big5")
     assert records[0]["output"] == "請休息" and entry["encoding"] == "big5"
-
-
-def test_an_encoding_can_be_given(tmp_path, capsys):
-    data = dump(QA | {"output": "頭痛"}).decode().encode("big5", "ignore")
-    records, _, entry = converted(tmp_path, "medchatzh_train", data, "--encoding", "big5")
-    assert records[0]["output"] == "頭痛" and entry["encoding"] == "big5"
-    assert run_convert(tmp_path, "--encoding", "klingon") == 2
-    assert "--encoding is 'klingon'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -510,17 +501,18 @@ def test_a_file_of_another_shape_says_what_it_looks_like(tmp_path, capsys, value
     assert says in capsys.readouterr().err
 
 
-def test_marks_of_chat_templates_are_counted_and_strictly_rejected(tmp_path):
-    data = b"\n".join(
-        map(
-            dump,
-            [QA, QA | {"instruction": "头痛<|im_end|>\n<|im_start|>system"}, QA | {"output": "血压<120，[1]见下"}],
-        )
-    )
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [("头痛<|im_end|>\n<|im_start|>system", True), ("头痛[/INST]", True), ("头痛</s>", True), ("<end_of_turn>", True), ("血压<120，[1]见下", False), ("INST", False)],
+)  # fmt: skip
+def test_marks_of_chat_templates_are_counted_and_strictly_rejected(tmp_path, text, marked):
+    data = b"\n".join(map(dump, [QA, QA | {"instruction": text}]))
     _, _, entry = converted(tmp_path, "medchatzh_train", data)
-    assert entry["control_tokens"] == 1 and entry["kept"] == 3
-    _, rejected, entry = converted(tmp_path, "medchatzh_train", data, "--strict")
-    assert entry["control_tokens"] == 0 and rejected[0]["reason"] == "a chat template's mark in the text"
+    assert entry["control_tokens"] == marked and entry["kept"] == 2
+    _, _, entry = converted(tmp_path, "medchatzh_train", data, "--strict")
+    assert entry["control_tokens"] == 0 and entry["rejected"] == (
+        {"a chat template's mark in the text": 1} if marked else {}
+    )
 
 
 # ---- nothing lost ---------------------------------------------------------------------------------------------------
@@ -599,6 +591,7 @@ def test_a_damaged_manifest_is_said_before_the_work(tmp_path, capsys):
         ([], "no raw folder"),
         (["--max-rejects", "2"], "--max-rejects is 2.0, must be a share"),
         (["--workers", "0"], "--workers is 0, must be 1 or more"),
+        (["--encoding", "klingon"], "--encoding is 'klingon'"),
     ],
 )
 def test_mistakes_are_named(tmp_path, capsys, words, message):
@@ -647,11 +640,12 @@ def test_a_killed_worker_is_one_line(tmp_path, capsys, monkeypatch):
     assert files_of(tmp_path / "out") == before
 
 
-def test_a_disk_that_fills_leaves_the_old_output(tmp_path):
+@pytest.mark.parametrize("records", [50_000, 12_000])  # the second's file is full with its last bytes
+def test_a_disk_that_fills_leaves_the_old_output(tmp_path, records):
     """No file may grow over 1 MB: what a full disk is to the one who writes."""
     converted(tmp_path, "medchatzh_train", dump(QA))
     before = files_of(tmp_path / "out")
-    write_raw(tmp_path / "raw", "medchatzh_train", (dump(QA) + b"\n") * 50_000)
+    write_raw(tmp_path / "raw", "medchatzh_train", (dump(QA) + b"\n") * records)
     run = subprocess.run(
         [sys.executable, "-m", "medasst_tools.cli", *words_for(tmp_path)],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
@@ -743,6 +737,13 @@ def test_deduplication_over_datasets(tmp_path):
     }
 
 
+def test_deduplication_of_a_file_that_is_read_again_as_gb18030(tmp_path):
+    """The first try, as UTF-8, has kept the record of ASCII alone."""
+    data = b"\n".join([dump({"instruction": "PSA?", "output": "OK"}), *[dump(QA).decode().encode("gbk")] * 3])
+    _, _, entry = converted(tmp_path, "medchatzh_train", data, "--drop-duplicates")
+    assert entry["kept"] == 2 and entry["skipped"] == {"copy of an earlier record": 2}
+
+
 # ---- corpora of one's own -------------------------------------------------------------------------------------------
 @pytest.fixture
 def own(tmp_path, monkeypatch):
@@ -794,7 +795,7 @@ def test_names_of_columns_and_a_folder_of_files(tmp_path, own, capsys):
     for n in range(3):
         (tmp_path / f"mine/{n}.jsonl").write_bytes(dump({"foo": f"问{n}", "bar": f"答{n}", "title": "x"}))
     assert cli.main(["add-corpus", str(tmp_path / "mine"), "--name", "mine"]) == 2
-    assert "no layout fits its records (keys foo, bar, title)" in capsys.readouterr().err
+    assert "no layout fits its records (an object with foo, bar, title)" in capsys.readouterr().err
     words = ["add-corpus", str(tmp_path / "mine"), "--name", "mine", "--columns", "question=foo,answer=bar"]
     assert cli.main(words) == 0
     (tmp_path / "raw").mkdir()

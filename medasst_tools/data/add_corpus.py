@@ -13,13 +13,22 @@ from typing import Any
 import yaml
 
 from medasst_tools.config import nearest, read_yaml
-from medasst_tools.data.layouts import LAYOUTS, likely_layout, reader, records_of
-from medasst_tools.data.raw_files import CHINESE, UTF8, NotKept, NotOneJson, is_chinese_encoding, read_records
+from medasst_tools.data.layouts import LAYOUTS, likely_layout, reader, shape_of
+from medasst_tools.data.raw_files import (
+    CHINESE,
+    LOOKED_AT,
+    UTF8,
+    NotKept,
+    NotOneJson,
+    first_values,
+    is_chinese_encoding,
+    read_records,
+)
 from medasst_tools.data.registry import OWN, REGISTRY, Corpus, load_datasets
 from medasst_tools.errors import UserError
 from medasst_tools.files import write_text
 
-LOOKED_AT, SHOWN = 1000, 3
+SHOWN = 3
 HEADER = "# The corpora of one's own that `medasst add-corpus` was given; the form is corpora.yaml's. Not part of the project.\n"
 
 
@@ -92,12 +101,10 @@ def datasets_of(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def encoding_of(path: Path) -> str:
     """Return utf-8, or gb18030 if that is what a file is whose beginning isn't UTF-8."""
     try:
-        values = [value for _, _, value in islice(read_records(path), LOOKED_AT)]
+        values = first_values(path)
     except NotOneJson as error:
         if not error.not_utf8:
             raise
-        values = [NotKept("not UTF-8")]
-    except UnicodeDecodeError:
         values = [NotKept("not UTF-8")]
     strange = sum(isinstance(value, NotKept) and str(value) == "not UTF-8" for value in values)
     return CHINESE if strange * 2 >= len(values) > 0 and path.is_file() and is_chinese_encoding(path) else UTF8
@@ -105,32 +112,28 @@ def encoding_of(path: Path) -> str:
 
 def guess_layout(path: Path, encoding: str) -> str:
     """Return the layout that fits; UserError says what the records look like if none does."""
-    found = [value for _, _, value in islice(read_records(path, "", encoding), LOOKED_AT)]
+    found = first_values(path, encoding)
     values = [value for value in found if not isinstance(value, NotKept)]
     if layout := likely_layout(values):
         return layout
-    if not values:
-        lost = [value for value in found if not value.by_design]
-        why = (
-            f"its lines are {lost[0]}; a table needs a header, and .csv or .tsv as its name's end"
-            if lost
-            else "it is blank"
+    if values:
+        raise UserError(
+            f"{path}: no layout fits its records ({shape_of(values[0])}); give --layout, or --columns question=NAME,answer=NAME"
         )
-        raise UserError(f"{path} has no records: {why}")
-    first = values[0]
-    shape = (
-        f"keys {', '.join(map(str, first))}" if isinstance(first, dict) else f"{type(first).__name__} {first!r:.80}"
+    lost = [value for value in found if not value.by_design]
+    why = (
+        f"its lines are {lost[0]}; a table needs a header, and .csv or .tsv as its name's end"
+        if lost
+        else "it is blank"
     )
-    raise UserError(
-        f"{path}: no layout fits its records ({shape}); give --layout, or --columns question=NAME,answer=NAME"
-    )
+    raise UserError(f"{path} has no records: {why}")
 
 
 def show(path: Path, corpus: Corpus, encoding: str) -> None:
     """Print the first records as they will be, and how many of the first thousand can't be used and why."""
-    kept, reasons, read, read_value = 0, {}, 0, reader(corpus.layout, corpus.columns)
+    kept, reasons, read, records_of = 0, {}, 0, reader(corpus.layout, corpus.columns)
     for number, _, value in islice(read_records(path, corpus.layout, encoding), LOOKED_AT):
-        for record in records_of(value, read_value):
+        for record in records_of(value):
             read += 1
             if isinstance(record, NotKept):
                 if not record.by_design:

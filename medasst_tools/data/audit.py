@@ -20,7 +20,7 @@ import orjson
 
 from medasst_tools import __version__, provenance
 from medasst_tools.config import read_yaml
-from medasst_tools.data.convert import CONTROL
+from medasst_tools.data.convert import COLUMNS, has_control_token
 from medasst_tools.data.decontamination import (
     BANDS,
     KINDS,
@@ -152,11 +152,9 @@ def read_folder(data_dir: Path, work: Path) -> dict[str, Path]:
     for name, path in files.items():
         if manifest and path.stat().st_size != manifest["datasets"].get(name, {}).get("bytes"):
             raise UserError(f"{path} isn't what the manifest says (missing or of another size); convert again")
-    return (
-        files
-        if manifest
-        else {name: as_alpaca(path, info[name], work / f"{name}.jsonl") for name, path in files.items()}
-    )
+    if manifest:
+        return files
+    return {name: as_alpaca(path, info[name], work / f"{name}.jsonl") for name, path in files.items()}
 
 
 def as_alpaca(path: Path, described: dict[str, Any], target: Path) -> Path:
@@ -175,8 +173,7 @@ def _alpaca(record: Any, formatting: str | None, columns: dict[str, str]) -> Any
         raise NotKept("not an object")
     if formatting == "sharegpt":
         return read_sharegpt({"conversations": record.get(columns.get("messages", "conversations"))})
-    names = {"instruction": "prompt", "input": "query", "output": "response", "history": "history"}
-    return read_instruction({ours: record.get(columns.get(theirs, ours)) for ours, theirs in names.items()})
+    return read_instruction({ours: record.get(columns.get(theirs, ours)) for ours, theirs in COLUMNS.items()})
 
 
 def exam_questions(exams_dir: Path | None) -> dict[str, list[str]]:
@@ -237,20 +234,19 @@ def _chunk_results(path: Path, index: QuestionIndex | None, workers: int) -> Ite
 
     size = path.stat().st_size
     chunks = [(path, start, min(start + CHUNK_BYTES, size)) for start in range(0, size, CHUNK_BYTES)]
-    with tqdm(total=size, unit="B", unit_scale=True, desc=path.stem, disable=None) as bar:
+    with (
+        tqdm(total=size, unit="B", unit_scale=True, desc=path.stem, disable=None) as bar,
+        contextlib.ExitStack() as stack,
+    ):
         if workers == 1 or len(chunks) < 2:
             _set_index(index)
             results = map(examine_chunk, chunks)
-            yield from _with_progress(results, chunks, bar)
         else:
-            with ProcessPoolExecutor(workers, initializer=_set_index, initargs=(index,)) as pool:
-                yield from _with_progress(pool.map(examine_chunk, chunks), chunks, bar)
-
-
-def _with_progress(results: Iterator[ChunkResult], chunks: list[tuple], bar) -> Iterator[ChunkResult]:
-    for result, (_, start, end) in zip(results, chunks, strict=True):
-        yield result
-        bar.update(end - start)
+            pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=_set_index, initargs=(index,)))
+            results = pool.map(examine_chunk, chunks)
+        for result, (_, start, end) in zip(results, chunks, strict=True):
+            yield result
+            bar.update(end - start)
 
 
 _INDEX: list[QuestionIndex | None] = [None]  # a worker's own, set once: too large to send with every chunk
@@ -281,7 +277,7 @@ def examine_chunk(chunk: tuple[Path, int, int]) -> ChunkResult:
             lengths[part].append(length)
         _, found = mask("\n".join([question, answer, *(doctor for _, doctor in record.get("history") or ())]))
         matches.update(found)
-        records.update([*found, *["any"] * bool(found), *["control tokens"] * bool(CONTROL.search(line))])
+        records.update([*found, *["any"] * bool(found), *["control tokens"] * has_control_token(line)])
         if index and (matched := index.match(question, normalised)):
             overlaps.append((place, matched))
     return ChunkResult(keys, lengths, matches, records, overlaps)

@@ -11,15 +11,15 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -29,8 +29,16 @@ import orjson
 from medasst_tools import provenance
 from medasst_tools.data.decontamination import QuestionIndex, read_questions
 from medasst_tools.data.filters import Cleaner
-from medasst_tools.data.layouts import ODD_TAIL, likely_layout, reader, records_of
-from medasst_tools.data.raw_files import CHINESE, UTF8, NotKept, NotOneJson, is_chinese_encoding, read_records
+from medasst_tools.data.layouts import ODD_TAIL, likely_layout, reader, shape_of
+from medasst_tools.data.raw_files import (
+    CHINESE,
+    UTF8,
+    NotKept,
+    NotOneJson,
+    first_values,
+    is_chinese_encoding,
+    read_records,
+)
 from medasst_tools.data.registry import Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import locked, read_json, sha256_of, write_json
@@ -43,10 +51,9 @@ TYPED_BYTES = 8 << 20
 COLUMNS = {"instruction": "prompt", "input": "query", "output": "response", "history": "history", "system": "system"}
 COLUMNS |= {"chosen": "chosen", "rejected": "rejected"}
 CONTROL = re.compile(rb"<\|[A-Za-z_]{2,30}\|>|</?(?:start_of_turn|end_of_turn|s)>|\[/?INST\]")
-CONTROL_HINTS = (b"<|", b"s>", b"_turn>", b"INST]")  # one of these is in all that CONTROL finds
-BLOCK = 1 << 20  # bytes
+LESS, LETTER_I = b"<I"  # one of the two is in all that CONTROL finds, and in one line of fifty
+BLOCK = 1 << 18  # bytes written at once
 WORTH_A_POOL = 4 << 20  # bytes of raw files: less is converted before processes have started
-LOOKED_AT = 1000  # records from which a file's true layout is guessed
 
 
 class Options(NamedTuple):
@@ -98,16 +105,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert the datasets asked for and write the manifest."""
     check_options(args)
-    if (args.out_dir / "dataset_info.json").is_file() and not (args.out_dir / "manifest.json").is_file():
+    manifest = read_json(args.out_dir / "manifest.json")  # damaged: said before the work
+    if manifest is None and (args.out_dir / "dataset_info.json").is_file():
         print(
             f"{args.out_dir} is your own (a dataset_info.json and no manifest.json) and is used as it is; nothing converted"
         )
         return
     options = Options(args.drop_overlap, args.drop_duplicates, args.mask_personal_data, args.strict, args.encoding)
     sources = choose_sources(args.datasets, args.raw_dir)
-    before = (read_json(args.out_dir / "manifest.json") or {"datasets": {}})[
-        "datasets"
-    ]  # damaged: said before the work
+    before = manifest["datasets"] if manifest else {}
     about = {dataset.name: made_of(dataset, sources, options) for dataset in sources}
     changed = {name: why for name in about if (why := what_differs(args.out_dir, before.get(name), about[name]))}
     if not changed:
@@ -160,7 +166,8 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
         if path is not None:
             chosen[dataset] = path
             continue
-        missing.append(f"{dataset.name} needs {' or '.join(map(str, places))}{_where_from(dataset)}")
+        source = f", from {dataset.corpus.homepage}" if dataset.corpus.homepage else ""
+        missing.append(f"{dataset.name} needs {' or '.join(map(str, places))}{source}")
         if like := _misnamed(raw_dir / dataset.corpus.name, dataset.files, known):
             print(said(f"warning: {like} isn't read: {missing[-1]}; rename it?"))
     if names and missing:
@@ -170,10 +177,6 @@ def choose_sources(names: list[str], raw_dir: Path) -> dict[Dataset, Path]:
     if not chosen:
         raise UserError(f"no raw file in {raw_dir}: `medasst download` fetches them; for example {missing[0]}")
     return chosen
-
-
-def _where_from(dataset: Dataset) -> str:
-    return f", from {dataset.corpus.homepage}" if dataset.corpus.homepage else ""
 
 
 def _misnamed(folder: Path, files: list[str], known: dict[str, Dataset]) -> Path | None:
@@ -194,10 +197,9 @@ def made_of(dataset: Dataset, sources: dict[Dataset, Path], options: Options) ->
         "columns": dataset.corpus.columns,
         "share": dataset.share,
         "variant": options.variant(),
+        "encoding": options.encoding or dataset.corpus.encoding or "by content",
     }
-    settings = {key: value for key, value in how.items() if value} | {
-        "encoding": options.encoding or dataset.corpus.encoding or "by content"
-    }
+    settings = {key: value for key, value in how.items() if value}
     return provenance.made_of(settings, files, versions={"medasst data": provenance.code_sha256("data")})
 
 
@@ -244,23 +246,18 @@ def convert_all(
     if workers == 1 or len(sources) == 1 or options.drop_overlap or options.drop_duplicates or size < WORTH_A_POOL:
         index, seen = None, set()
         for dataset in ordered:
-            if options.drop_overlap and not is_test(dataset.name) and index is None:
+            test = is_test(dataset.name)  # stays as it was published, but for masks
+            if options.drop_overlap and not test and index is None:
                 index = test_index(staging, out_dir)
-            cleaner = Cleaner.of(options, is_test(dataset.name), index, seen)
+            copies = seen if options.drop_duplicates and not test else None
+            cleaner = Cleaner(index, copies, options.mask_personal_data)
             yield dataset.name, convert_dataset(dataset, sources[dataset], staging, options, cleaner)
         return
+    cleaner = Cleaner(None, None, options.mask_personal_data)
     with ProcessPoolExecutor(workers) as pool:  # the largest first, so that none is waited for at the end
-        largest = sorted(ordered, key=lambda dataset: -sources[dataset].stat().st_size)
         jobs = {
-            dataset.name: pool.submit(
-                convert_dataset,
-                dataset,
-                sources[dataset],
-                staging,
-                options,
-                Cleaner.of(options, is_test(dataset.name), None, set()),
-            )
-            for dataset in largest
+            dataset.name: pool.submit(convert_dataset, dataset, sources[dataset], staging, options, cleaner)
+            for dataset in sorted(ordered, key=lambda dataset: -sources[dataset].stat().st_size)
         }
         for dataset in ordered:
             try:
@@ -282,7 +279,7 @@ def convert_dataset(dataset: Dataset, path: Path, folder: Path, options: Options
 
     A file of which most isn't UTF-8, but which is GB18030 throughout, is read as that.
     """
-    encoding = options.encoding or dataset.corpus.encoding
+    encoding, seen = options.encoding or dataset.corpus.encoding, frozenset(cleaner.seen or ())
     try:
         counts = write_dataset(dataset, path, folder, encoding or UTF8, options, cleaner)
         doubtful = counts.rejected["not UTF-8"] * 2 > counts.kept + counts.rejected.total()
@@ -292,6 +289,8 @@ def convert_dataset(dataset: Dataset, path: Path, folder: Path, options: Options
             raise
     if not encoding and doubtful and path.is_file() and is_chinese_encoding(path):
         encoding = CHINESE
+        if cleaner.seen:
+            cleaner.seen &= seen  # the records of the first try are no earlier ones
         counts = write_dataset(dataset, path, folder, CHINESE, options, cleaner)
     elif counts is None:
         raise UserError(f"{path} is neither UTF-8 nor GB18030; give its --encoding")
@@ -305,14 +304,13 @@ def write_dataset(
     from tqdm import tqdm
 
     counts, output = Counts(), folder / f"{dataset.name}.jsonl"
-    read_value = reader(dataset.layout, dataset.corpus.columns)
-    with (
-        tqdm(desc=dataset.name, unit="record", unit_scale=True, disable=None, leave=False) as bar,
-        BlockWriter(output, bar.update) as out,
-        (folder / "rejected" / output.name).open("wb") as bad,
-    ):
-        for number, data, value in read_records(path, dataset.layout, encoding):
-            for record in records_of(value, read_value):
+    records_of = reader(dataset.layout, dataset.corpus.columns)
+    raw = read_records(path, dataset.layout, encoding)
+    bar = tqdm(raw, dataset.name, unit="record", unit_scale=True, disable=None, leave=False)
+    hashed = HashedFile(output)
+    with io.BufferedWriter(hashed, BLOCK) as out, (folder / "rejected" / output.name).open("wb") as bad:
+        for number, data, value in bar:
+            for record in records_of(value):
                 counts.read += 1
                 try:
                     line = line_of(record, dataset, cleaner, options.strict, counts)
@@ -322,11 +320,12 @@ def write_dataset(
                         bad.write(_rejected_line(number, data, str(reason)))
                     continue
                 if counts.first_history is None and record.get("history"):
-                    counts.first_history = slice(out.bytes, out.bytes + len(line))
+                    counts.first_history = slice(counts.bytes, counts.bytes + len(line))
                 out.write(line)
                 counts.kept += 1
+                counts.bytes += len(line)
                 counts.columns = counts.columns or [COLUMNS[key] for key in record if key in COLUMNS]
-    counts.bytes, counts.control_tokens, counts.sha256 = out.bytes, out.control_tokens, out.digest.hexdigest()
+    counts.sha256 = hashed.digest.hexdigest()
     if counts.first_history and counts.first_history.start > TYPED_BYTES:
         counts.moved_to_top = True
         _move_to_top(output, counts.first_history)
@@ -343,21 +342,24 @@ def line_of(
     if dataset.share is not None and in_test_part(record, dataset.share) != dataset.test_part:
         raise NotKept("in the other part", by_design=True)
     odd_tail = ODD_TAIL in record and record.pop(ODD_TAIL)
-    masked = None
-    if not cleaner.idle:
-        record, masked, reason = cleaner.clean(record)
-        if reason:
-            raise NotKept(reason, by_design=True)
+    record, masked = (record, None) if cleaner.idle else cleaner.clean(record)
     try:
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # half of a surrogate pair
         raise NotKept("text that isn't Unicode") from None
-    if strict and CONTROL.search(line):
-        raise NotKept("a chat template's mark in the text")
+    if has_control_token(line):
+        if strict:
+            raise NotKept("a chat template's mark in the text")
+        counts.control_tokens += 1
     counts.odd_tails += odd_tail
     if masked:
         counts.masked.update(masked)
     return line
+
+
+def has_control_token(line: bytes) -> bool:
+    """Say whether a record's text holds a mark of a chat template, which a tokenizer takes for the mark itself."""
+    return (LESS in line or LETTER_I in line) and CONTROL.search(line) is not None
 
 
 def in_test_part(record: dict[str, Any], share: float) -> bool:
@@ -366,57 +368,24 @@ def in_test_part(record: dict[str, Any], share: float) -> bool:
     return crc32(first.encode("utf-8", "surrogatepass")) < share * (1 << 32)
 
 
-class BlockWriter:
-    """A file of lines, written a block at a time by a thread that also hashes it and counts the lines with a template's marks."""
+class HashedFile(io.FileIO):
+    """A file to be written from its beginning to its end; `digest` is the sha256 of what is written."""
 
-    def __init__(self, path: Path, written: Callable[[int], object]):
-        """`written` is told how many lines each block has."""
-        self.file, self.written, self.thread = path.open("wb", buffering=0), written, ThreadPoolExecutor(1)
-        self.lines, self.waiting, self.bytes, self.control_tokens = [], 0, 0, 0
-        self.digest, self.last_block = hashlib.sha256(), None
+    def __init__(self, path: Path):
+        """The file is made, or emptied."""
+        super().__init__(path, "wb")
+        self.digest = hashlib.sha256()
 
-    def write(self, line: bytes) -> None:
-        """Take a line; OSError of an earlier block, a full disk say, is raised here."""
-        self.lines.append(line)
-        self.bytes += len(line)
-        self.waiting += len(line)
-        if self.waiting > BLOCK:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand what is waiting to the thread, once it has done the block before."""
-        self._wait()
-        self.last_block = self.thread.submit(self._write_block, self.lines)
-        self.written(len(self.lines))
-        self.lines, self.waiting = [], 0
-
-    def _wait(self) -> None:
-        if self.last_block:
-            self.last_block.result()
-
-    def _write_block(self, lines: list[bytes]) -> None:
-        block = b"".join(lines)
-        self.file.write(block)
-        self.digest.update(block)
-        if any(hint in block for hint in CONTROL_HINTS):  # seldom: the search takes longer than all else
-            self.control_tokens += sum(CONTROL.search(line) is not None for line in lines)
-
-    def __enter__(self) -> "BlockWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.flush()
-                self._wait()
-        finally:
-            self.thread.shutdown()
-            self.file.close()
+    def write(self, data: Any, /) -> int:
+        """Return how many bytes were written, as FileIO does: a disk may be full."""
+        written = super().write(data)
+        self.digest.update(data[:written])
+        return written
 
 
 def _rejected_line(number: int, data: bytes, reason: str) -> bytes:
     """One line of rejected/. `raw` gives the exact bytes back: json.loads(line)["raw"].encode("utf-8", "surrogateescape")."""
-    entry = {"line": number, "reason": reason, "raw": data.decode("utf-8", "surrogateescape")}
+    entry = {"line": number, "reason": reason, "raw": data.removesuffix(b"\n").decode("utf-8", "surrogateescape")}
     try:
         return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
@@ -483,21 +452,10 @@ def _true_shape(dataset: Dataset, path: Path, entry: dict[str, Any]) -> str:
         return ""
     if entry["rejected"].get("not UTF-8", 0) * 2 > entry["read"]:
         return " (neither UTF-8 nor GB18030; give its --encoding: big5?)"
-    values = []
-    for _, _, value in islice(read_records(path, "", entry["encoding"]), LOOKED_AT):
-        if not isinstance(value, NotKept):
-            values.append(value)
-    found = likely_layout(values)
-    shape = (
-        "a list"
-        if values and isinstance(values[0], list)
-        else f"an object with {', '.join(map(str, values[0]))[:80]}"
-        if values
-        else ""
-    )
-    reason = max(entry["rejected"], key=entry["rejected"].get)
-    says = f" ({reason}; its records are {shape}" if shape else f" ({reason}"
-    return says + (f": layout {found}, not {dataset.layout})" if found and found != dataset.layout else ")")
+    values = [value for value in first_values(path, entry["encoding"]) if not isinstance(value, NotKept)]
+    layout, reason = likely_layout(values), max(entry["rejected"], key=entry["rejected"].get)
+    says = f" ({reason}; its records are {shape_of(values[0])}" if values else f" ({reason}"
+    return says + (f": layout {layout}, not {dataset.layout})" if layout not in (None, dataset.layout) else ")")
 
 
 def publish(staging: Path, out_dir: Path, entries: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ counted exactly, so that none is reported that isn't. What has too few trigrams 
 which loses nothing.
 """
 
+import functools
 from binascii import crc32
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -83,17 +84,13 @@ def read_questions(path: Path) -> Iterator[str]:
 
 
 def _minhash(trigrams: set[str]):
-    minhash = _empty_minhash()
+    minhash = _empty_minhash().copy()
     minhash.update_batch([trigram.encode("utf-8", "surrogatepass") for trigram in trigrams])
     return minhash
 
 
+@functools.cache  # to draw the permutations takes longer than all else here
 def _empty_minhash():
     from datasketch import MinHash
 
-    if not _EMPTY:  # drawn once: to draw the permutations takes longer than all else here
-        _EMPTY.append(MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=crc32))
-    return _EMPTY[0].copy()
-
-
-_EMPTY: list = []
+    return MinHash(num_perm=PERMUTATIONS, seed=SEED, hashfunc=crc32)

@@ -6,9 +6,9 @@ from typing import Any
 from medasst_tools.data.decontamination import QuestionIndex
 from medasst_tools.data.deduplication import answer_of, key, normalise, question_of
 from medasst_tools.data.pii import mask
+from medasst_tools.data.raw_files import NotKept
 
 OVERLAPS = "question of a test set"
-DUPLICATE = "copy of an earlier record"
 
 
 class Cleaner:
@@ -19,31 +19,21 @@ class Cleaner:
         self.index, self.seen, self.masks = index, seen, masks
         self.idle = index is None and seen is None and not masks
 
-    @classmethod
-    def of(cls, options: Any, is_test: bool, index: QuestionIndex | None, seen: set[int]) -> "Cleaner":
-        """Return the filters that the options ask for; a test set stays as it was published, but for masks."""
-        training = not is_test
-        return cls(
-            index if options.drop_overlap and training else None,
-            seen if options.drop_duplicates and training else None,
-            options.mask_personal_data,
-        )
-
-    def clean(self, record: dict[str, Any]) -> tuple[dict[str, Any], Counter, str | None]:
-        """Return (record, pieces masked by kind, why it goes or None). Questions are looked up as they were, and masked."""
+    def clean(self, record: dict[str, Any]) -> tuple[dict[str, Any], Counter]:
+        """Return (record, pieces masked by kind); raise NotKept if it goes. Questions are looked up as they were, and masked."""
         asked, masked = question_of(record), Counter()
         if self.index and self.index.match(asked):
-            return record, masked, OVERLAPS
+            raise NotKept(OVERLAPS, by_design=True)
         if self.seen is not None:
             record_key = key(normalise(asked) + "\0" + normalise(answer_of(record)))
             if record_key in self.seen:
-                return record, masked, DUPLICATE
+                raise NotKept("copy of an earlier record", by_design=True)
             self.seen.add(record_key)
         if self.masks:
             record, masked = mask_record(record)
             if self.index and masked and self.index.match(question_of(record)):
-                return record, Counter(), OVERLAPS  # the test sets are masked too
-        return record, masked, None
+                raise NotKept(OVERLAPS, by_design=True)  # the test sets are masked too
+        return record, masked
 
 
 def mask_record(record: dict[str, Any]) -> tuple[dict[str, Any], Counter]:

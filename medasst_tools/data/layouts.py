@@ -64,7 +64,7 @@ def _history(record: dict[str, Any]) -> list[list[str]]:
         _, texts = _alternating(history)
         if len(texts) % 2:
             raise NotKept("history ends with a question")
-        history = [texts[at : at + 2] for at in range(0, len(texts), 2)]
+        history = _pairs(texts)
     pairs = []
     for pair in history:
         if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
@@ -76,15 +76,21 @@ def _history(record: dict[str, Any]) -> list[list[str]]:
     return pairs
 
 
-def _dialogue(texts: list[str], odd_tail: bool = False) -> dict[str, Any]:
-    """Return the record of turns that begin with the user's and end with the assistant's."""
-    if not texts:
+def _pairs(texts: list[str]) -> list[list[str]]:
+    """Return [[user's, assistant's], ...] of turns; an odd last one is left out."""
+    return [[texts[at], texts[at + 1]] for at in range(0, len(texts) - 1, 2)]
+
+
+def _dialogue(texts: list[str]) -> dict[str, Any]:
+    """Return the record of turns that begin with the user's; an unanswered last question goes, and the record is marked."""
+    pairs = _pairs(texts)
+    if not pairs:
         raise NotKept("no answer")
-    if not all(texts):
+    if "" in texts[: len(pairs) * 2]:
         raise NotKept("an empty turn")
-    *pairs, (question, answer) = ([texts[at], texts[at + 1]] for at in range(0, len(texts), 2))
+    question, answer = pairs.pop()
     record = {"instruction": question, "input": "", "output": answer, "history": pairs}
-    return record | {ODD_TAIL: True} if odd_tail else record
+    return record | {ODD_TAIL: True} if len(texts) % 2 else record
 
 
 # ---- the paper's corpora --------------------------------------------------------------------------------------------
@@ -165,8 +171,7 @@ def read_turns(record: dict[str, Any]) -> dict[str, Any]:
                 raise NotKept("turns do not alternate")
             turn = clean(turn[marker.end() :])
         texts.append(turn)
-    odd_tail = len(texts) % 2 == 1
-    return _dialogue(texts[: len(texts) - odd_tail], odd_tail)
+    return _dialogue(texts)
 
 
 def read_columns(columns: list[str]) -> dict[str, Any]:
@@ -228,9 +233,8 @@ def _from_turns(record: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(turns, list):
         raise NotKept(f"no {key}" if turns is None else f"{key} is not a list")
     systems, texts = _alternating(turns)
-    odd_tail = len(texts) % 2 == 1
     system = "\n".join(filter(None, (_optional(record, "system"), *systems)))
-    return _dialogue(texts[: len(texts) - odd_tail], odd_tail) | {"system": system}
+    return _dialogue(texts) | {"system": system}
 
 
 def _alternating(turns: list[Any]) -> tuple[list[str], list[str]]:
@@ -290,40 +294,34 @@ LAYOUTS: dict[str, Callable[..., dict[str, Any] | list[dict[str, Any]]]] = {
 LISTS = ("columns", "pairs")  # their raw records are lists, all others' are objects
 
 
-def reader(
-    layout: str, columns: dict[str, str] | None = None
-) -> Callable[[Any], dict[str, Any] | list[dict[str, Any]]]:
-    """Return the function of a raw record's parsed value, which raises NotKept. columns: {"question", "answer"} of layout qa."""
+def reader(layout: str, columns: dict[str, str] | None = None) -> Callable[[Any], Sequence[Any]]:
+    """Return a function from a raw record's parsed value to all that it gives: records, or the NotKept that says why none.
+
+    columns: {"question", "answer"} of layout qa.
+    """
     read, kind = partial(LAYOUTS[layout], **columns) if columns else LAYOUTS[layout], list if layout in LISTS else dict
 
-    def read_value(value: Any) -> dict[str, Any] | list[dict[str, Any]]:
+    def records_of(value: Any) -> Sequence[Any]:
         if type(value) is not kind:
-            raise value if isinstance(value, NotKept) else NotKept(f"not {'a list' if kind is list else 'an object'}")
-        return read(value)
+            other = NotKept(f"not {'a list' if kind is list else 'an object'}")
+            return (value if isinstance(value, NotKept) else other,)
+        try:
+            found = read(value)
+        except NotKept as reason:
+            return (reason,)
+        return found if type(found) is list else (found,)
 
-    return read_value
-
-
-def records_of(value: Any, read_value: Callable[[Any], dict[str, Any] | list[dict[str, Any]]]) -> Sequence[Any]:
-    """Return all that a raw record's value gives: records, or NotKept that says why there is none."""
-    try:
-        found = read_value(value)
-    except NotKept as reason:
-        return (reason,)
-    return found if type(found) is list else (found,)
+    return records_of
 
 
 def likely_layout(values: list[Any]) -> str | None:
     """Return the layout in which most of these values can be read, the most special first; None if none reads half of them."""
     usable = dict.fromkeys(LAYOUTS, 0)
     for layout in usable:
-        read_value = reader(layout)
+        records_of = reader(layout)
         for value in values:
-            try:
-                read_value(value)
-                usable[layout] += 1
-            except NotKept as reason:
-                usable[layout] += reason.by_design
+            first = records_of(value)[0]
+            usable[layout] += not isinstance(first, NotKept) or first.by_design
     del usable["dialogue_turns"]
     # qa reads most, and of those with a history would lose it
     has_history = any(isinstance(value, dict) and value.get("history") for value in values)
@@ -331,3 +329,10 @@ def likely_layout(values: list[Any]) -> str | None:
     order.append("history" if has_history else "qa")
     best = max(order, key=lambda name: usable[name])
     return best if values and usable[best] * 2 >= len(values) else None
+
+
+def shape_of(value: Any) -> str:
+    """Describe a raw record that no layout, or another one than was named, fits."""
+    if isinstance(value, dict):
+        return f"an object with {', '.join(map(str, value))[:80]}"
+    return "a list" if isinstance(value, list) else f"{type(value).__name__} {value!r:.80}"

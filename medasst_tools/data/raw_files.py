@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -24,8 +25,9 @@ from medasst_tools.files import LFS_POINTER
 
 MAX_RECORD_BYTES = 1 << 24  # the longest answer of the corpora has 6,608 characters; a longer "line" is damage
 PEEKED = 1 << 20  # bytes that are looked at to tell a container
+LOOKED_AT = 1000  # records by which a file's layout and encoding are told
 MAX_EXPANSION = 200  # text packs 3 to 20 times; a zip bomb a thousand times and more
-BOM, NEWLINE = b"\xef\xbb\xbf", ord("\n")
+BOM = b"\xef\xbb\xbf"
 UTF8, CHINESE = "utf-8", "gb18030"
 PRIVATE_USE = re.compile("[\ue000-\uf8ff]")
 WIDE = (  # the longer marks first: a UTF-32 one begins with UTF-16's
@@ -47,7 +49,8 @@ PACKED = {  # how files begin that aren't text, also when they lie in a gzip or 
     b"%PDF": "a PDF",
 }
 # keys whose list of objects is one record's dialogue, not a wrapped array of records
-DIALOGUE_KEYS = ("messages", "conversations", "conversation", "history", "data")
+DIALOGUE_KEYS = ("messages", "conversations", "conversation", "history")
+OPENS_OBJECTS = re.compile(rb'\{\s*"([^"]*)"\s*:\s*\[\s*(?:\{|$)')
 
 
 class NotKept(Exception):
@@ -58,8 +61,8 @@ class NotKept(Exception):
         self.by_design = by_design
 
 
-# The line a raw record starts on (of an array or a table, its number), its bytes, its parsed value or why there is none. A
-# plain tuple: making a million named ones takes as long as parsing half of them.
+# The line a raw record starts on (of an array or a table, its number), its bytes (a line's with its end), its parsed value or
+# why there is none. A plain tuple: making a million named ones takes as long as parsing half of them.
 Raw = tuple[int, bytes, Any]
 
 
@@ -80,11 +83,16 @@ def read_records(path: Path, layout: str = "", encoding: str = UTF8) -> Iterator
         if kind in ("csv", "tsv") and layout != "columns":
             yield from _table(path, stream, encoding)
         elif layout == "columns":
-            yield from _lines(stream, _columns, encoding)
+            yield from _lines(stream, partial(_columns, encoding=encoding), encoding)
         elif is_one_value(stream):
             yield from _array(path, stream, encoding)
         else:
-            yield from _lines(stream, _json, encoding)
+            yield from _lines(stream, _json_parser(encoding), encoding)
+
+
+def first_values(path: Path, encoding: str = UTF8) -> list[Any]:
+    """Return what the first records of a file or folder hold, or why they hold nothing."""
+    return [value for _, _, value in islice(read_records(path, "", encoding), LOOKED_AT)]
 
 
 # ---- opening --------------------------------------------------------------------------------------------------------
@@ -213,25 +221,18 @@ def is_chinese_encoding(path: Path) -> bool:
 def is_one_value(stream: io.BufferedReader) -> bool:
     """Say whether an opened JSON file is one value, an array or an object around one, and not a value a line."""
     head = stream.peek(PEEKED).lstrip()
-    if head[:1] == b"[":
-        first, more, _ = head.partition(b"\n")
-        # lines that are lists themselves: pairs, say
-        return not (more and _parses(first))
-    if head[:1] != b"{":
-        return False
     first, _, rest = head.partition(b"\n")
-    if not _parses(first):
-        return first.strip() in (b"{", b"") or _opens_array(first)
-    value = orjson.loads(first)
-    return not rest.strip() and (bool(_lists_of_records(value)) or _is_by_id(value))
-
-
-def _opens_array(first: bytes) -> bool:
-    """A first line without an end that opens an array of objects: longer than what is looked at, or broken across lines."""
-    key, _, value = first[1:].lstrip().partition(b":")
-    return (
-        key.rstrip().strip(b'"') not in [name.encode() for name in DIALOGUE_KEYS[:-1]] and value.lstrip()[:1] == b"["
-    )
+    try:
+        value = orjson.loads(first)
+    except orjson.JSONDecodeError:  # broken across lines, longer than what is looked at, or of another encoding
+        opened = OPENS_OBJECTS.match(first)
+        wrapped = opened is not None and opened[1].decode(UTF8, "replace") not in DIALOGUE_KEYS
+        return wrapped or head[:1] == b"[" or first.strip() == b"{"
+    if rest.strip():
+        return False
+    if isinstance(value, list):  # not one pair of texts, though
+        return not value or not all(isinstance(element, str) for element in value)
+    return isinstance(value, dict) and (bool(_lists_of_records(value)) or _is_by_id(value))
 
 
 def _lists_of_records(value: dict[str, Any]) -> dict[str, list]:
@@ -239,7 +240,7 @@ def _lists_of_records(value: dict[str, Any]) -> dict[str, list]:
     return {
         key: inner
         for key, inner in value.items()
-        if key not in DIALOGUE_KEYS[:-1] and isinstance(inner, list) and inner and isinstance(inner[0], dict)
+        if key not in DIALOGUE_KEYS and isinstance(inner, list) and inner and isinstance(inner[0], dict)
     }
 
 
@@ -248,61 +249,53 @@ def _is_by_id(value: dict[str, Any]) -> bool:
     return len(value) > 1 and all(isinstance(inner, dict) for inner in value.values())
 
 
-def _parses(data: bytes) -> bool:
-    try:
-        orjson.loads(data)
-    except orjson.JSONDecodeError:
-        return False
-    return True
-
-
-def _lines(stream: BinaryIO, parse: Callable[[bytes, str], Any], encoding: str) -> Iterator[Raw]:
+def _lines(stream: BinaryIO, parse: Callable[[bytes], Any], encoding: str) -> Iterator[Raw]:
+    """Yield the lines with their ends, each as `parse` reads it, or why that fails: with a ValueError."""
     for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""), 1):
-        if line[-1] == NEWLINE:
-            line = line[:-1]
-        elif len(line) > MAX_RECORD_BYTES:
+        if len(line) > MAX_RECORD_BYTES and not line.endswith(b"\n"):
             while (more := stream.readline(1 << 17)) and not more.endswith(b"\n"):
                 pass  # the rest of a line that is rejected for its length
             reason = f"longer than {MAX_RECORD_BYTES} bytes, its first 4096 are kept here"
             yield number, line[:4096], NotKept(reason)
             continue
-        yield number, line, parse(line, encoding)
+        try:
+            value = parse(line)
+        except ValueError:
+            value = _fault(line, encoding)
+        yield number, line, value
 
 
-def _json(line: bytes, encoding: str) -> Any:
+def _fault(line: bytes, encoding: str) -> NotKept:
+    """Say why a line has no record."""
+    if not line.strip():
+        return NotKept("blank line", by_design=True)
+    return NotKept("not JSON" if _decodes(line, encoding) else f"not {'UTF-8' if encoding == UTF8 else encoding}")
+
+
+def _json_parser(encoding: str) -> Callable[[bytes], Any]:
+    return orjson.loads if encoding == UTF8 else lambda data: orjson.loads(data.decode(encoding))
+
+
+def _decodes(data: bytes, encoding: str = UTF8) -> bool:
     try:
-        return orjson.loads(line if encoding == UTF8 else line.decode(encoding))
-    except UnicodeDecodeError:
-        return NotKept(f"not {encoding}")
-    except (orjson.JSONDecodeError, RecursionError):
-        return _blank(line) or NotKept("not JSON" if _decodes(line) else "not UTF-8")
-
-
-def _blank(line: bytes) -> NotKept | None:
-    return None if line.strip() else NotKept("blank line", by_design=True)
-
-
-def _decodes(data: bytes) -> bool:
-    try:
-        data.decode(UTF8)
+        data.decode(encoding)
     except UnicodeDecodeError:
         return False
     return True
 
 
-def _columns(line: bytes, encoding: str) -> list[str] | NotKept:
+def _columns(line: bytes, encoding: str) -> list[str]:
     """Split on the tab itself: csv's quoting swallows lines."""
-    try:
-        return _blank(line) or line.rstrip(b"\r").decode(encoding).split("\t")
-    except UnicodeDecodeError:
-        return NotKept("not UTF-8" if encoding == UTF8 else f"not {encoding}")
+    if not line.strip():
+        raise ValueError
+    return line.rstrip(b"\r\n").decode(encoding).split("\t")
 
 
 def _array(path: Path, stream: BinaryIO, encoding: str) -> Iterator[Raw]:
     """Yield the elements of one JSON value; UserError says where it is broken. Each record's line is its number in the array."""
     text = stream.read()
     try:
-        value = orjson.loads(text if encoding == UTF8 else text.decode(encoding))
+        value = _json_parser(encoding)(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not {encoding} at byte {error.start}; give the right --encoding") from None
     except (orjson.JSONDecodeError, RecursionError) as error:
@@ -362,7 +355,13 @@ def _table(path: Path, stream: io.BufferedReader, encoding: str) -> Iterator[Raw
         data = delimiter.join(str(value) for value in [*row.values(), *(more or [])] if value is not None)
         data = data.encode(UTF8, "surrogateescape")
         whole = more is None and None not in row.values()
-        value = row if whole else _blank(data) or NotKept(f"not {len(row)} columns")
+        value = (
+            row
+            if whole
+            else NotKept(f"not {len(row)} columns")
+            if data.strip()
+            else NotKept("blank line", by_design=True)
+        )
         yield number, data, value if _decodes(data) else NotKept("not UTF-8")
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import yaml
 
+from medasst_tools.config import read_yaml
 from medasst_tools.errors import UserError
 
 SEED = 42
@@ -36,13 +36,11 @@ def add_tokens(datasets: dict[str, dict[str, Any]], files: dict[str, Path], args
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return cutoff_len, template and default_system of a train.yaml."""
+    config = read_yaml(path)
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
         return {"cutoff_len": int(config["cutoff_len"]), "template": config["template"],
                 "default_system": config.get("default_system")}  # fmt: skip
-    except FileNotFoundError:
-        raise UserError(f"no {path}; give a train.yaml with --config, `medasst render` writes them") from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} has no cutoff_len and template ({error!r}); give a train.yaml with --config"
         ) from None
