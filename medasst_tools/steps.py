@@ -36,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Render the configs, then run the target's verbs until one fails; return its exit status, else 0."""
-    if status := cli.run_verb(cli.parse(["render"])):
-        return status
-    verbs = TARGETS[args.target](variable("EXPERIMENT", "demo"))
+    verbs = [["render"]] + TARGETS[args.target](variable("EXPERIMENT", "demo"))
     once = list(dict.fromkeys(map(tuple, verbs)))  # two experiments on one base
     status = chain.run([cli.parse(list(words)) for words in once], cli.run_verb)
     if args.target == "eval" and not status:
