@@ -36,6 +36,7 @@ def make_checkpoint(output_dir: Path, step: int, last: int = 100) -> Path:
 def config_path(tmp_path, monkeypatch):
     """A train.yaml over one dataset and a base; nothing is trained."""
     monkeypatch.chdir(tmp_path)
+    provenance.folder_sha256.cache_clear()  # of another test's folder of the same relative name
     data = tmp_path / "data"
     data.mkdir()
     (data / "a_train.jsonl").write_text('{"instruction": "问", "input": "", "output": "答"}\n', encoding="utf-8")
