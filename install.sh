@@ -20,9 +20,10 @@ import sys, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
 if unknown := [name for name in sys.argv[1:] if name not in extras]:
-    sys.exit(" ".join(unknown))
+    print(*unknown)
+    sys.exit(1)
 print(*project["dependencies"], *(line for name in sys.argv[1:] for line in extras[name]), sep="\n")
-' dev $(tr , ' ' <<<"$*") 2>&1) || fail "no extra '$required' in pyproject.toml" "pyproject.toml 中没有 extra '$required'"
+' dev $(tr , ' ' <<<"$*")) || fail "no extra '$required' in pyproject.toml" "pyproject.toml 中没有 extra '$required'"
 install() { .venv/bin/uv pip install --quiet --python .venv/bin/python --constraint constraints.txt "$@"; }
 [[ -x .venv/bin/medasst ]] && install --offline -r - <<<"$required" 2>/dev/null && exit
 

@@ -36,12 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Render the configs, then run the target's verbs until one fails; return its exit status, else 0."""
-    verbs = [["render"]] + TARGETS[args.target](variable("EXPERIMENT", "demo"))
+    verbs = [["render"]] + TARGETS[args.target](asked())
     once = list(dict.fromkeys(map(tuple, verbs)))  # two experiments on one base
     status = chain.run([cli.parse(list(words)) for words in once], cli.run_verb)
     if args.target == "eval" and not status:
-        name = variable("EXPERIMENT", "demo")
-        print(said(f"Next: make chat, make api (EXPERIMENT={name}); a real model: make doctor EXPERIMENT=medasst"))
+        print(said(f"Next: make chat, make api (EXPERIMENT={asked()}); a real model: make doctor EXPERIMENT=medasst"))
     return status
 
 
@@ -51,9 +50,17 @@ def variable(name: str, default: str = "") -> str:
     return os.environ.get(name, "").strip() or default
 
 
+def asked() -> str:
+    """Return the name of the experiment that is meant."""
+    return variable("EXPERIMENT", "demo")
+
+
 def options(name: str) -> list[str]:
-    """Return the words of a variable that is handed on, such as ARGS."""
-    return shlex.split(variable(name))
+    """Return the words of a variable that is handed on, such as ARGS; UserError if a quotation has no end."""
+    try:
+        return shlex.split(variable(name))
+    except ValueError as error:
+        raise UserError(f"{name} is {variable(name)!r}, must be words as a shell reads them: {error}") from None
 
 
 def backend() -> str:
@@ -65,7 +72,7 @@ def backend() -> str:
 
 def own(name: str, words: list[str]) -> list[str]:
     """Return the words for EXPERIMENT, none for what it stands on or is compared with."""
-    return words if name == variable("EXPERIMENT", "demo") else []
+    return words if name == asked() else []
 
 
 # ---- what the experiment is ---------------------------------------------------------------------------------------------
@@ -118,7 +125,7 @@ def is_preference(name: str) -> bool:
 
 def compared() -> list[str]:
     """Return what `make eval` evaluates: EXPERIMENTS, else EXPERIMENT beside its untuned base, or what a DPO went on from."""
-    name = variable("EXPERIMENT", "demo")
+    name = asked()
     beside = experiment(name).get("after") or f"{name}_base"
     return variable("EXPERIMENTS").split() or [*({beside} & experiments()["experiments"].keys()), name]
 

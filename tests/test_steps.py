@@ -176,6 +176,9 @@ def test_the_data_is_where_the_experiment_says(monkeypatch, tmp_path):
 def test_mistakes(monkeypatch):
     with pytest.raises(UserError, match="no experiment 'nope'; there are medasst, "):
         verbs("train", monkeypatch, EXPERIMENT="nope")
+    with pytest.raises(UserError, match="ARGS is .*: No closing quotation"):
+        verbs("train", monkeypatch, EXPERIMENT="demo", ARGS="run_name='a")
+    monkeypatch.setenv("ARGS", "")
     with pytest.raises(UserError, match="BACKEND is 'vllm', must be llamafactory or api"):
         verbs("predict", monkeypatch, EXPERIMENT="demo", BACKEND="vllm")
 
