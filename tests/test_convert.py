@@ -28,6 +28,7 @@ from medasst_tools.data.layouts import LAYOUTS, ODD_TAIL, likely_layout, reader
 from medasst_tools.data.raw_files import BOM, MAX_RECORD_BYTES, NotKept, read_records
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
+from medasst_tools.files import sha256_of
 
 QA = {"instruction": "头痛怎么办？", "input": "", "output": "您好，建议休息。"}
 LINES = b"\n".join(json.dumps(QA | {"output": f"答{number}。"}, ensure_ascii=False).encode() for number in range(3))
@@ -801,6 +802,22 @@ def test_names_of_columns_and_a_folder_of_files(tmp_path, own, capsys):
     (tmp_path / "raw").mkdir()
     assert run_convert(tmp_path) == 0
     assert [record["instruction"] for record in json_lines(tmp_path / "out/mine_train.jsonl")] == ["问0", "问1", "问2"]
+
+
+def test_what_only_some_records_have_reaches_all(tmp_path, own):
+    plain, more = QA | {"output": "plain"}, QA | {"history": [["一", "二"]], "system": "你是医生"}
+    (tmp_path / "mixed.jsonl").write_bytes(b"\n".join(map(dump, [plain, QA | {"system": "你是药师"}, more])))
+    assert cli.main(["add-corpus", str(tmp_path / "mixed.jsonl"), "--name", "mixed"]) == 0
+    (tmp_path / "raw").mkdir()
+    assert run_convert(tmp_path) == 0
+    rows = json_lines(tmp_path / "out/mixed_train.jsonl")
+    assert [row["system"] for row in rows] == ["", "你是药师", "你是医生"]
+    assert [row["history"] for row in rows] == [[], [], [["一", "二"]]]
+    assert rows[0]["output"] == "plain" and len({tuple(row) for row in rows}) == 1
+    described = json.loads((tmp_path / "out/dataset_info.json").read_text(encoding="utf-8"))["mixed_train"]
+    assert described["columns"].keys() == {"prompt", "query", "response", "history", "system"}
+    entry, path = manifest_of(tmp_path)["mixed_train"], tmp_path / "out/mixed_train.jsonl"
+    assert (entry["bytes"], entry["sha256"]) == (path.stat().st_size, sha256_of(path))
 
 
 @pytest.mark.parametrize(

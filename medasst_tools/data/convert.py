@@ -80,7 +80,6 @@ class Counts:
         self.sha256 = ""
         self.skipped, self.rejected, self.masked = Counter(), Counter(), Counter()
         self.columns: list[str] = []
-        self.first_history: slice | None = None
         self.moved_to_top = False
 
 
@@ -303,7 +302,7 @@ def write_dataset(
     """Write the kept and the rejected records; return the counts."""
     from tqdm import tqdm
 
-    counts, output = Counts(), folder / f"{dataset.name}.jsonl"
+    counts, output, shapes = Counts(), folder / f"{dataset.name}.jsonl", set()
     records_of = reader(dataset.layout, dataset.corpus.columns)
     raw = read_records(path, dataset.layout, encoding)
     bar = tqdm(raw, dataset.name, unit="record", unit_scale=True, disable=None, leave=False)
@@ -319,18 +318,40 @@ def write_dataset(
                     if not reason.by_design:
                         bad.write(_rejected_line(number, data, str(reason)))
                     continue
-                if counts.first_history is None and record.get("history"):
-                    counts.first_history = slice(counts.bytes, counts.bytes + len(line))
                 out.write(line)
                 counts.kept += 1
-                counts.bytes += len(line)
-                counts.columns = counts.columns or [COLUMNS[key] for key in record if key in COLUMNS]
+                shapes.add(tuple(record))
     counts.sha256 = hashed.digest.hexdigest()
-    if counts.first_history and counts.first_history.start > TYPED_BYTES:
+    counts.columns = [name for key, name in COLUMNS.items() if any(key in shape for shape in shapes)]
+    if len(shapes) > 1:
+        _fill(output, {key: [] if key == "history" else "" for key in COLUMNS if COLUMNS[key] in counts.columns})
+    if "history" in counts.columns and (place := _first_history(output)).start > TYPED_BYTES:
         counts.moved_to_top = True
-        _move_to_top(output, counts.first_history)
+        _move_to_top(output, place)
+    if len(shapes) > 1 or counts.moved_to_top:
         counts.sha256 = sha256_of(output)
+    counts.bytes = output.stat().st_size
     return counts
+
+
+def _fill(path: Path, empty: dict[str, Any]) -> None:
+    """Give every record what only some have, history or system, as an empty one: a loader takes the columns from the first."""
+    filled = path.with_suffix(".filled")
+    with path.open("rb") as lines, filled.open("wb") as target:
+        for line in lines:
+            target.write(orjson.dumps(empty | orjson.loads(line), option=orjson.OPT_APPEND_NEWLINE))
+    filled.replace(path)
+
+
+def _first_history(path: Path) -> slice:
+    """Return where the first record that has a history lies; an empty slice at the start if none has."""
+    place = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if orjson.loads(line).get("history"):
+                return slice(place, place + len(line))
+            place += len(line)
+    return slice(0, 0)
 
 
 def line_of(
