@@ -804,6 +804,22 @@ def test_names_of_columns_and_a_folder_of_files(tmp_path, own, capsys):
     assert [record["instruction"] for record in json_lines(tmp_path / "out/mine_train.jsonl")] == ["问0", "问1", "问2"]
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"messages": [turn("user", "a"), turn("user", "b"), turn("assistant", "c")]}, "messages: turns do not alternate"),
+        ({"messages": [turn("tool", "a"), turn("assistant", "c")]}, "messages: a turn of 'tool'"),
+        ({"q": "a", "a": 5}, "an object with q, a: a is not text"),
+        (QA | {"history": "[]"}, "history: history is not a list"),
+        ({"x": "a", "y": "b"}, "(an object with x, y)"),
+    ],
+)  # fmt: skip
+def test_why_no_layout_fits(tmp_path, own, capsys, value, says):
+    (tmp_path / "mine.jsonl").write_bytes(b"\n".join([dump(value)] * 3))
+    assert cli.main(["add-corpus", str(tmp_path / "mine.jsonl"), "--name", "mine"]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_what_only_some_records_have_reaches_all(tmp_path, own):
     plain, more = QA | {"output": "plain"}, QA | {"history": [["一", "二"]], "system": "你是医生"}
     (tmp_path / "mixed.jsonl").write_bytes(b"\n".join(map(dump, [plain, QA | {"system": "你是药师"}, more])))

@@ -6,6 +6,7 @@ converts it with the others into the datasets clinic_train and clinic_test, for 
 
 import argparse
 import re
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,13 @@ def guess_layout(path: Path, encoding: str) -> str:
     if layout := likely_layout(values):
         return layout
     if values:
+        firsts = [reader(name)(value)[0] for name in LAYOUTS for value in values]
+        reasons = Counter(str(first) for first in firsts if isinstance(first, NotKept))
+        # "no answer", "not a list": of a layout that has other fields
+        telling = [f": {reason}" for reason, _ in reasons.most_common() if not reason.startswith(("no ", "not "))]
+        looks = shape_of(values[0]) + "".join(telling[:1])
         raise UserError(
-            f"{path}: no layout fits its records ({shape_of(values[0])}); give --layout, or --columns question=NAME,answer=NAME"
+            f"{path}: no layout fits its records ({looks}); give --layout, or --columns question=NAME,answer=NAME"
         )
     lost = [value for value in found if not value.by_design]
     why = (
