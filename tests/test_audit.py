@@ -268,6 +268,14 @@ def test_question_of_a_conversation_is_all_its_questions():
     assert question_of(record) == "胃痛\n三天\n那吃什么？"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", set()), ("头", {"头"}), ("头痛吗", {"头痛吗"}), ("头痛三天", {"头痛三", "痛三天"}), ("aaaa", {"aaa"})],
+)
+def test_shingles_are_neighbouring_characters(text, expected):
+    assert shingles(text) == expected
+
+
 WORDS = st.lists(st.sampled_from("头痛发热咳嗽三天孩子老人吃药血压高怎么办"), min_size=4, max_size=30).map("".join)
 
 

@@ -161,6 +161,7 @@ def skipped(reason: str) -> tuple[str, bool]:
             alpaca(QA["instruction"], QA["output"], [["一", "二"]]),
         ),
         ("dialogue", dump({"instruct": "问", "output": "答"}), alpaca("问", "答", [])),
+        ("dialogue", dump(QA | {"instruct": "问"}), alpaca(QA["instruction"], QA["output"], [])),
         ("dialogue", dump(QA | {"history": None}), alpaca(QA["instruction"], QA["output"], [])),
         ("dialogue", dump(QA | {"history": [["一"]]}), rejected("a history item is not a pair of texts")),
         ("dialogue", dump(QA | {"history": [["一", None]]}), rejected("a history item is not a pair of texts")),
@@ -477,6 +478,13 @@ def test_gb18030_is_read_and_said(tmp_path, capsys, dataset, text):
     records, rejected, entry = converted(tmp_path, dataset, text.decode().encode("gb18030"))
     assert [record["output"] for record in records] == [f"答{number}。" for number in range(5)] and not rejected
     assert entry["encoding"] == "gb18030" and "read as gb18030" in capsys.readouterr().out
+
+
+def test_gb18030_is_told_from_one_short_record(tmp_path):
+    records, _, entry = converted(
+        tmp_path, "medchatzh_train", dump({"instruction": "问", "output": "答"}).decode().encode("gbk")
+    )
+    assert records[0]["output"] == "答" and entry["encoding"] == "gb18030"
 
 
 def test_big5_is_not_taken_for_gb18030(tmp_path, capsys):

@@ -232,6 +232,11 @@ def test_models(tmp_path, hub, source):
     assert {path.name for path in place.iterdir() if not path.name.startswith(".")} == set(files) - left_out
 
 
+def test_a_model_is_asked_of_the_hub_alone_where_llamafactory_looks_for_it(tmp_path, hub):
+    result = run(hub, tmp_path, "medasst")
+    assert result.returncode == 2 and len(mistakes(result)) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("nope", "nothing is named 'nope'; there are medchatzh"), ("demo", "make train EXPERIMENT=demo")],

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from medasst_tools import cli, render
+from medasst_tools import cli, config, render
 from medasst_tools.errors import UserError
 
 RENDERED = sorted((ROOT / "factory_configs").glob("*/*.yaml"))
@@ -276,6 +276,12 @@ def test_a_broken_yaml_is_one_line_and_status_2(tmp_path, capsys, text):
     (tmp_path / "experiments.yaml").write_bytes(text.encode("latin-1"))
     assert cli.main(["render", "--configs-dir", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_a_config_cant_set_is_no_known_setting():
+    known = config.known_settings()
+    assert {"template", "learning_rate", "model_name_or_path"} <= known.keys()
+    assert not {"compute_dtype", "device_map", "_VALID_DICT_FIELDS", "framework"} & known.keys()
 
 
 def test_a_mapping_of_settings_is_nested():

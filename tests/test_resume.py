@@ -105,6 +105,12 @@ def test_the_totals_of_a_killed_run_are_the_whole_runs(killed_run):
     assert modes == {0o666 & ~current_umask()}  # readable like every other file
 
 
+def test_the_mean_loss_is_over_steps_not_over_rows(tmp_path):
+    rows = [{"step": 1, "loss": 4.0}, {"step": 3, "eval_loss": 9.0}, {"step": 5, "loss": 1.0}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 5, "log_history": rows}))
+    assert checkpoints.totals(tmp_path)["train_loss"] == pytest.approx((4.0 + 4 * 1.0) / 5)
+
+
 def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -120,7 +120,10 @@ def test_eval_is_everything_in_its_order(monkeypatch, experiment, names, last, c
     assert places == sorted(places)
     assert found[-len(last) :] == last
     assert sum(words.startswith("predict") for words in found) == len(names)
-    assert ("no exams in data/exams: not run" in capsys.readouterr().out) == (not asked)
+    plan = capsys.readouterr().out
+    assert ("no exams in data/exams: not run" in plan) == (not asked)
+    assert ("minutes on two cores" in plan) == experiment.startswith("demo")
+    assert (f"How long: make doctor EXPERIMENT={experiment}" in plan) == (not experiment.startswith("demo"))
 
 
 def test_experiments_on_other_data_are_converted_too(monkeypatch):
