@@ -69,3 +69,32 @@ def test_every_known_base_has_a_shape():
     assert all(
         cost.ModelShape.from_config(entry["config"]) for entry in read_yaml(cost.BASE_MODELS) if entry.get("config")
     )
+
+
+SMALL = cost.ModelShape(vocabulary=100, hidden=8, intermediate=16, layers=2, queries=8, values=4, tied=False)
+TRAINING = {"do_train": True, "per_device_train_batch_size": 2, "cutoff_len": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "memory", "operations"),
+    [
+        # weights 2 x 1,152 + 2 x 1,600; adapter 16 x 2,048; 6 tokens x (inputs 32 + logits 1,200)
+        (TRAINING, 5504 + 32768 + 6 * (32 + 1200), 6 * 1152 + 3200),
+        (TRAINING | {"lora_rank": 4}, 5504 + 16384 + 6 * (32 + 1200), 6 * 1152 + 3200),
+        (TRAINING | {"enable_liger_kernel": True}, 5504 + 32768 + 6 * (32 + 552), 6 * 1152 + 3200),
+        (TRAINING | {"disable_gradient_checkpointing": True}, 5504 + 32768 + 6 * (704 + 1200), 4 * 1152 + 3200),
+        (TRAINING | {"disable_gradient_checkpointing": True, "enable_liger_kernel": True}, 5504 + 32768 + 6 * 704, 4 * 1152 + 3200),
+        (TRAINING | {"stage": "dpo"}, 5504 + 32768 + 12 * (32 + 1200), 8 * 1152 + 3200),
+        (TRAINING | {"quantization_bit": 4}, 594 + 3200 + 32768 + 6 * (32 + 1200), 6 * 1152 + 3200),
+        ({"quantization_bit": 8}, 1.1 * (1170 + 3200), 6 * 1152 + 3200),
+        ({}, 1.1 * 5504, 6 * 1152 + 3200),
+    ],
+)  # fmt: skip
+def test_the_formulas_by_hand(config, memory, operations):
+    assert cost.memory_bytes(SMALL, config) - cost.CUDA_OVERHEAD == pytest.approx(memory)
+    assert cost.flops_per_token(SMALL, config) == operations
+
+
+def test_sizes_by_hand():
+    assert SMALL.parameters == 1152 + 1600 and SMALL.trained_parameters({"finetuning_type": "full"}) == 2752
+    assert cost.checkpoint_bytes(SMALL, {}) == 12 * 2 * 8 * 128 and cost.CUDA_OVERHEAD == 0.75 * 2**30
