@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import numpy as np
 import pytest
@@ -101,6 +102,10 @@ def test_exams(tmp_path, a, b, only_a, only_b, p):
     row = report["benchmarks"]["cmmlu"]
     assert (row["only_a"], row["only_b"], row["n"]) == (only_a, only_b, len(a))
     assert row["p"] == pytest.approx(p)
+    differences = [int(one) - int(other) for one, other in zip(a, b, strict=True)]
+    assert row["difference"] == pytest.approx(100 * fmean(differences))
+    # of a standard error: what a test at 5 % finds with 80 % power
+    assert row["visible"] == pytest.approx(2.80159 * 100 * pstdev(differences) / len(a) ** 0.5, abs=1e-3)
 
 
 def test_the_exams_difference_is_the_tables(tmp_path):

@@ -828,6 +828,21 @@ def test_why_no_layout_fits(tmp_path, own, capsys, value, says):
     assert says in capsys.readouterr().err
 
 
+def test_rows_of_a_table_that_arent_whole(tmp_path, own, capsys):
+    rows = ["question,answer", "问一,答一", "只有问", "", " ", "问,答,多余", '"问二，""引""",答二', "问三,", "问四,ÿ"]
+    (tmp_path / "clinic.csv").write_bytes("\n".join(rows).encode().replace("ÿ".encode(), b"\xff"))
+    assert cli.main(["add-corpus", str(tmp_path / "clinic.csv"), "--name", "clinic"]) == 0
+    (tmp_path / "raw").mkdir()
+    assert run_convert(tmp_path, "clinic_train", "--max-rejects", "1") == 0
+    assert [record["instruction"] for record in json_lines(tmp_path / "out/clinic_train.jsonl")] == [
+        "问一",
+        '问二，"引"',
+    ]
+    entry = manifest_of(tmp_path)["clinic_train"]
+    assert entry["rejected"] == {"not 2 columns": 2, "empty answer": 1, "not UTF-8": 1}
+    assert entry["skipped"] == {"blank line": 1}
+
+
 def test_what_only_some_records_have_reaches_all(tmp_path, own):
     plain, more = QA | {"output": "plain"}, QA | {"history": [["一", "二"]], "system": "你是医生"}
     (tmp_path / "mixed.jsonl").write_bytes(b"\n".join(map(dump, [plain, QA | {"system": "你是药师"}, more])))

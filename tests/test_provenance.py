@@ -1,6 +1,7 @@
 """The ledger: a config that doesn't fit its model is refused, a number carries its settings in its name, rooms stand in order."""
 
 import ast
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from conftest import ROOT
 from safetensors.numpy import save_file
 
-from medasst_tools import cli, provenance
+from medasst_tools import cli, files, provenance
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation.score import metric_names
 
@@ -145,6 +146,20 @@ def test_a_record_is_up_to_date_only_if_its_output_is_whole(tmp_path, capsys):
         f"{record}: made anew: a 1 -> 2",
         f"{record}: made anew: x.jsonl was changed since",
     ]
+
+
+def test_a_large_files_hash_is_remembered_once_nobody_writes_it_any_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "HASHES", tmp_path / "cache/sha256.json")
+    path = tmp_path / "large"
+    path.write_bytes(b"a" * files._WORTH_KEEPING)
+    assert files.sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert not files.HASHES.exists()  # it was written just now, and may be again
+    later = path.stat().st_ctime + 10
+    monkeypatch.setattr(files.time, "time", lambda: later)
+    first = files.sha256_of(path)
+    assert list(json.loads(files.HASHES.read_text()).values()) == [first]
+    monkeypatch.setattr(files.hashlib, "file_digest", None)
+    assert files.sha256_of(path) == first
 
 
 def test_no_room_imports_a_later_one_and_there_are_no_circles():
