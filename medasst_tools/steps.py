@@ -220,7 +220,8 @@ def export(name: str) -> Verbs:
 def evaluate(name: str) -> Verbs:
     """From raw corpora to the report, for each of the experiments that are compared; exams are looked at before the training."""
     names = compared()
-    exams = {one: Path(input_dir(one, "EXAMS", "exams")).exists() for one in names}
+    # a download that failed leaves an empty folder, or the hidden one of what it began
+    exams = {one: any(Path(input_dir(one, "EXAMS", "exams")).glob("[!.]*")) for one in names}
     show_plan(name, names, exams)
     verbs = [verb for one in names for verb in data(one)]
     verbs += [verb for one in names if exams[one] for verb in questions(one, "--check")][-1:]

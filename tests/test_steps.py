@@ -1,5 +1,6 @@
 """Which verbs a target of the Makefile runs, with which words, in which order."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -100,8 +101,8 @@ def test_the_verbs_of_a_target(monkeypatch, target, variables, expected):
     ],
 )
 def test_eval_is_everything_in_its_order(monkeypatch, experiment, names, last, capsys):
-    exams = Path("dataset_info/samples/exams")
-    exams.mkdir(parents=True)
+    Path("dataset_info/samples/exams/cmmlu_v1_0_1").mkdir(parents=True)
+    Path("data/exams/.download-ceval-exam.zip").mkdir(parents=True)  # as an interrupted download leaves it
     found = verbs("eval", monkeypatch, EXPERIMENT=experiment)
     data = steps.data_dir(experiment)
     assert found[0].startswith("convert ") and f"--out-dir {data} " in found[0]
@@ -179,6 +180,8 @@ def test_the_data_is_where_the_experiment_says(monkeypatch, tmp_path):
 def test_mistakes(monkeypatch):
     with pytest.raises(UserError, match="no experiment 'nope'; there are medasst, "):
         verbs("train", monkeypatch, EXPERIMENT="nope")
+    with pytest.raises(UserError, match=re.escape("no experiment 'demmo'; did you mean 'demo'?; there are medasst, ")):
+        verbs("train", monkeypatch, EXPERIMENT="demmo")
     with pytest.raises(UserError, match="ARGS is .*: No closing quotation"):
         verbs("train", monkeypatch, EXPERIMENT="demo", ARGS="run_name='a")
     monkeypatch.setenv("ARGS", "")
