@@ -112,7 +112,9 @@ def resolve(source: dict[str, Any], name: str, seen: tuple[str, ...] = ()) -> di
     """Return the experiment with everything that it takes over through `based_on`; a null removes what was taken over."""
     experiments = source["experiments"]
     if name not in experiments:
-        raise UserError(f"no experiment {name!r}{configs.nearest(name, experiments)}; there are {', '.join(experiments)}")
+        raise UserError(
+            f"no experiment {name!r}{configs.nearest(name, experiments)}; there are {', '.join(experiments)}"
+        )
     if name in seen:
         raise UserError(f"{name}: based_on goes round in a circle: {' -> '.join([*seen, name])}")
     own = dict(experiments[name])

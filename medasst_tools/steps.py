@@ -98,6 +98,11 @@ def input_dir(name: str, variable_name: str, kind: str) -> str:
     return variable(variable_name, f"{SAMPLES if data_dir(name) == SAMPLES_DATA else 'data'}/{kind}")
 
 
+def has_exams(name: str) -> bool:
+    """Say whether the experiment's folder of exams holds any; a download that failed leaves it empty, or a hidden folder in it."""
+    return any(Path(input_dir(name, "EXAMS", "exams")).glob("[!.]*"))
+
+
 def base(name: str) -> str:
     """Return the name of the experiment's base in saves/, empty if it isn't from there."""
     path = Path(experiment(name)["model"]["model_name_or_path"][0])
@@ -142,7 +147,10 @@ def data(name: str) -> Verbs:
 def audit(name: str) -> Verbs:
     """Look through the converted data, with the experiment's own tokenizer where it trains."""
     config = ["--config", f"factory_configs/{name}/train.yaml"] if is_trained(name) else []
-    exams = ["--exams-dir", input_dir(name, "EXAMS", "exams")]
+    where = input_dir(name, "EXAMS", "exams")
+    exams = ["--exams-dir", where] if has_exams(name) or variable("EXAMS") else []
+    if not exams:
+        print(said(f"no exams in {where}: their questions aren't looked for"), flush=True)
     return [*data(name), ["audit", "--data-dir", data_dir(name), *exams, *config, *options("AUDIT_ARGS")]]
 
 
@@ -220,8 +228,7 @@ def export(name: str) -> Verbs:
 def evaluate(name: str) -> Verbs:
     """From raw corpora to the report, for each of the experiments that are compared; exams are looked at before the training."""
     names = compared()
-    # a download that failed leaves an empty folder, or the hidden one of what it began
-    exams = {one: any(Path(input_dir(one, "EXAMS", "exams")).glob("[!.]*")) for one in names}
+    exams = {one: has_exams(one) for one in names}
     show_plan(name, names, exams)
     verbs = [verb for one in names for verb in data(one)]
     verbs += [verb for one in names if exams[one] for verb in questions(one, "--check")][-1:]

@@ -54,7 +54,17 @@ def verbs(target: str, monkeypatch, **variables: str) -> list[str]:
         ("data", {"EXPERIMENT": "medasst"}, [FULL]),
         ("data", {"EXPERIMENT": "medasst", "DATA_ARGS": "--strict"}, [f"{FULL} --strict"]),
         ("data", {"MAX_REJECTS": "0.5"}, [CONVERT.replace("0.1", "0.5")]),
-        ("audit", {"EXPERIMENT": "qwen2_7b"}, [FULL, "audit --data-dir data/full --exams-dir data/exams"]),
+        ("audit", {"EXPERIMENT": "qwen2_7b"}, [FULL, "audit --data-dir data/full"]),  # no exams are there
+        (
+            "audit",
+            {"EXPERIMENT": "qwen2_7b", "EXAMS": "nowhere"},
+            [FULL, "audit --data-dir data/full --exams-dir nowhere"],
+        ),
+        (
+            "audit",
+            {"EXPERIMENT": "qwen2_7b", "RAW": "exams"},
+            ["convert --raw-dir exams --out-dir data/full --max-rejects 0.01", "audit --data-dir data/full"],
+        ),
         ("train", {}, [CONVERT, TINY, *trained("demo_base", "demo")]),
         ("train", {"EXPERIMENT": "demo_dpo"}, [CONVERT, TINY, *trained("demo_base", "demo", "demo_dpo")]),
         ("train", {"EXPERIMENT": "medasst_dpo"}, [FULL, *trained("medasst", "medasst_dpo")]),
