@@ -60,11 +60,6 @@ def verbs(target: str, monkeypatch, **variables: str) -> list[str]:
             {"EXPERIMENT": "qwen2_7b", "EXAMS": "nowhere"},
             [FULL, "audit --data-dir data/full --exams-dir nowhere"],
         ),
-        (
-            "audit",
-            {"EXPERIMENT": "qwen2_7b", "RAW": "exams"},
-            ["convert --raw-dir exams --out-dir data/full --max-rejects 0.01", "audit --data-dir data/full"],
-        ),
         ("train", {}, [CONVERT, TINY, *trained("demo_base", "demo")]),
         ("train", {"EXPERIMENT": "demo_dpo"}, [CONVERT, TINY, *trained("demo_base", "demo", "demo_dpo")]),
         ("train", {"EXPERIMENT": "medasst_dpo"}, [FULL, *trained("medasst", "medasst_dpo")]),
@@ -185,6 +180,12 @@ def test_the_data_is_where_the_experiment_says(monkeypatch, tmp_path):
     found = verbs("train", monkeypatch, EXPERIMENT="mine")
     assert found[-2:] == ["convert --raw-dir data/raw --out-dir data/mine --max-rejects 0.01", *trained("mine")]
     assert f"{TINY}" in found and CONVERT in found  # its base is the demo's
+
+
+def test_the_audit_looks_for_the_exams_that_are_there(monkeypatch, capsys):
+    Path("data/exams/ceval-exam").mkdir(parents=True)
+    words = verbs("audit", monkeypatch, EXPERIMENT="qwen2_7b")[-1]
+    assert words == "audit --data-dir data/full --exams-dir data/exams" and capsys.readouterr().out == ""
 
 
 def test_mistakes(monkeypatch):
