@@ -85,6 +85,10 @@ def test_on_a_machine_with_four_gpus(monkeypatch):
     assert read_launch({}, CPU) == Launch(environment={"CUDA_VISIBLE_DEVICES": ""})
     assert read_launch({}, {}) == Launch(processes=4)
     assert read_launch({"NPROC_PER_NODE": "1"}, {}) == Launch(environment={"CUDA_VISIBLE_DEVICES": "0"})
+    two = {key: value for key, value in TWO.items() if key != "NPROC_PER_NODE"}
+    assert read_launch(two, {}).processes == 8  # its cards are counted
+    with pytest.raises(UserError, match="NPROC_PER_NODE isn't set"):
+        read_launch(two, CPU)
 
 
 def test_the_launched_config_is_in_a_file_whose_name_torchrun_can_take(tmp_path, monkeypatch):
