@@ -101,6 +101,11 @@ def test_tokens(converted, tmp_path):
     with config.open("a", encoding="utf-8") as file:
         print(f"model_name_or_path: {tmp_path / 'model'}", file=file)
     assert audit(converted, *words[2:])["datasets"]["medchatzh_train"]["tokens"] == tokens
+    made_of = audit(converted, *words)["made_of"]["files"]
+    config.write_text(config.read_text(encoding="utf-8").replace("助手", "很好的助手"), encoding="utf-8")
+    again = audit(converted, *words)
+    assert again["made_of"]["files"]["config"] != made_of["config"]
+    assert again["datasets"]["medchatzh_train"]["tokens"]["max"] > tokens["max"]
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
     from llamafactory.hparams import DataArguments
