@@ -147,6 +147,7 @@ def skipped(reason: str) -> tuple[str, bool]:
         ("turns", dump({"data": ["问 ：一", "\ufeff答： 二"]}), alpaca("一", "二", [])),
         ("turns", dump({"data": ["一", "二"]}), alpaca("一", "二", [])),
         ("turns", dump({"data": ["问：一", "答：二", "问：三"]}), alpaca("一", "二", [])),  # an odd tail
+        ("turns", dump({"data": ["问：一", "答：二", "问："]}), alpaca("一", "二", [])),  # an empty one
         ("turns", dump({"data": ["问：一", "答：二", "答：三"]}), rejected("turns do not alternate")),
         ("turns", dump({"data": ["答：一", "问：二"]}), rejected("turns do not alternate")),
         ("turns", dump({"data": ["问：一"]}), rejected("no answer")),
