@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> None:
     }
     pages = {}
     for lang, file in PAGES.items():
-        titles = {name: result["shown"] for name, result in results.items()}
-        figures = draw_all(results, titles, subjects, RESULTS / "figures" / lang, lang)
+        figures = draw_all(results, subjects, RESULTS / "figures" / lang, lang)
         shown = {name: path.relative_to(RESULTS).as_posix() for name, path in figures.items()}
         pages[lang] = render_markdown(paper, results, comparisons, shown, lang)
         write_text(RESULTS / file, _folded(pages[lang]))
