@@ -4,6 +4,7 @@ What training has is `medasst audit`'s list, and counts only if that audit saw t
 """
 
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from medasst_tools.files import read_json, read_jsonl
 Key = tuple[str, str, str]  # benchmark, subject, id
 CLEAN = "clean"
 LABELS = {"exact": "exact", "normalised": "exact", "near": "near"}  # the audit's kinds of copies
+row_key = itemgetter("benchmark", "subject", "id")  # of a row of exam.jsonl, the same as key_of of its question
 LABEL_KEYS = {"benchmark": str, "subject": str, "id": (str, int), "label": (str, int)}
 
 
@@ -99,7 +101,7 @@ def split(rows: Iterable[dict[str, Any]], labels: dict[Key, str]) -> dict[str, d
     """
     right: dict[str, dict[str, list[bool]]] = {}
     for row in rows:
-        if label := labels.get((row["benchmark"], row["subject"], row["id"])):
+        if label := labels.get(row_key(row)):
             groups = right.setdefault(row["benchmark"], {})
             groups.setdefault(label, []).append(row["predicted"] == row["answer"])
     base = CLEAN if CLEAN in labels.values() else next(iter(labels.values()))

@@ -226,6 +226,6 @@ def print_summary(experiment: str, out: Path, report: dict[str, Any]) -> None:
     print(f"{out}: {report['empty']} empty predictions{thoughts}\n{report['signature']}")
 
 
-def interval(bounds: list[float] | None) -> str:
-    """Return an interval as tables show it."""
-    return "[none: n < 2]" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
+def interval(bounds: list[float] | None, sign: str = "") -> str:
+    """Return an interval as tables show it; sign "+": one of differences."""
+    return "[none: n < 2]" if bounds is None else f"[{bounds[0]:{sign}.2f}, {bounds[1]:{sign}.2f}]"

@@ -115,8 +115,14 @@ def ci95(values, clusters=None, strata=None, **sampling: Any) -> list[list[float
 
     if len(values) < 2:
         return [None] * np.shape(values)[1]
-    drawn = resampled_means(values, clusters=clusters, strata=strata, **sampling)
-    return np.percentile(drawn, [2.5, 97.5], axis=0).T.round(4).tolist()
+    return percentiles(resampled_means(values, clusters=clusters, strata=strata, **sampling))
+
+
+def percentiles(means) -> list:
+    """Return [low, high] between which 95 % of resampled means lie, to four decimals; of several columns, of each."""
+    import numpy as np
+
+    return np.percentile(means, [2.5, 97.5], axis=0).T.round(4).tolist()
 
 
 def bootstrap_p(resampled_differences) -> float:
