@@ -124,7 +124,7 @@ def compare_dialogues(a: Path, b: Path, reports: list[dict[str, Any]]) -> dict[s
     import numpy as np
 
     prompts = [row.prompt for row, _ in same_references(a, b)]
-    differences = np.subtract(*map(_scores_per_record, (a, b)))
+    differences = np.subtract(_scores_per_record(a), _scores_per_record(b))
     clusters = statistics.clusters_of(prompts)
     sizes = [row["n"] for row in reports[0].get("by_dataset", {}).values()]
     strata = statistics.strata_of(sizes) or [0] * len(prompts)

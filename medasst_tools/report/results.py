@@ -22,8 +22,8 @@ def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dic
     predict, chat = (_config(configs / f"{kind}.yaml") for kind in ("predict", "chat"))
     train = read_yaml(configs / "train.yaml") if (configs / "train.yaml").is_file() else {}
     found = {kind: read_json(results / f"{kind}.json") for kind in ("scores", "exam", "safety")}
-    asked = {"scores": (predict, "predict score"), "exam": (chat, "exam"), "safety": (chat, "safety")}
-    reasons = {kind: next(why_stale(results, kind, found[kind], *asked[kind]), None) for kind in asked if found[kind]}
+    asked = {"scores": predict, "exam": chat, "safety": chat}
+    reasons = {kind: next(why_stale(results, kind, found[kind], asked[kind]), None) for kind in found}
     stale = {kind: reason for kind, reason in reasons.items() if reason}
     found |= dict.fromkeys(stale)
     data_dir = predict.get("dataset_dir")
@@ -50,10 +50,12 @@ def _config(path: Path) -> dict[str, Any]:
     return load(path, kind=path.stem) if path.is_file() else {}
 
 
-def why_stale(results: Path, kind: str, found: dict[str, Any], config: dict[str, Any], command: str) -> Iterator[str]:
+def why_stale(results: Path, kind: str, found: dict[str, Any] | None, config: dict[str, Any]) -> Iterator[str]:
     """Yield why a result no longer belongs to the model, data or answers that are here, with the command that renews it."""
+    if found is None:
+        return
     about, here = found.get("made_of") or {}, identity_here(config)
-    again = f"`make {command} EXPERIMENT={results.name}`"
+    again = f"`make {'predict score' if kind == 'scores' else kind} EXPERIMENT={results.name}`"
     if about.get("model") and here and about["model"] != here:
         what = "; ".join(provenance.differences({"model": about["model"]}, {"model": here}))
         yield f"of another model than is here ({what}): {again}"
