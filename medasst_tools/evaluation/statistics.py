@@ -105,13 +105,13 @@ def resampled_means(values, resamples: int = RESAMPLES, seed: int = SEED, cluste
     return drawn[:, :-1] / drawn[:, -1:]
 
 
-def ci95(values, clusters=None, strata=None, **sampling: Any) -> list[list[float] | None]:
+def ci95(values, **sampling: Any) -> list[list[float] | None]:
     """Return [low, high] of the 95 % interval of each column's mean, to four decimals; None where nothing shows a spread."""
     import numpy as np
 
     if len(values) < 2:
         return [None] * np.shape(values)[1]
-    return percentiles(resampled_means(values, clusters=clusters, strata=strata, **sampling))
+    return percentiles(resampled_means(values, **sampling))
 
 
 def percentiles(means) -> list:
