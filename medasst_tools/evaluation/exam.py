@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     }
     by_label = {"labels": contamination.read_labels(args.labels, subjects)} if args.labels else {}
     audit = contamination.audit_file(args.chat_config)
-    sources = {"labels": args.labels, "audit": audit if audit and audit.is_file() else None}
+    sources = {"labels": args.labels, "audit": audit}
     about = made_of(config, facts, {name: sha256_of(path) for name, path in sources.items() if path})
     if provenance.up_to_date(args.out / "exam.json", about):
         return
@@ -349,7 +349,7 @@ def summarise(rows: list[dict[str, Any]], subjects: list[Subject]) -> dict[str, 
         },
         "ece": expected_calibration_error(rows),
         "brier": brier(rows),
-        "ties": sum(map(_is_tie, rows)),
+        "ties": sum([*row["probs"].values()].count(max(row["probs"].values())) > 1 for row in rows),
         "as_released": all(
             len(subject.questions) == subject.released == by_subject[f"{subject.benchmark}/{subject.name}"]["n"]
             for subject in subjects
@@ -363,10 +363,6 @@ def _is_right(row: dict[str, Any]) -> bool:
 
 def _right(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return rate([_is_right(row) for row in rows])
-
-
-def _is_tie(row: dict[str, Any]) -> bool:
-    return list(row["probs"].values()).count(max(row["probs"].values())) > 1
 
 
 def summarise_orders(rows: list[dict[str, Any]], orders: int) -> dict[str, Any]:
