@@ -453,7 +453,7 @@ def test_best_and_worst(tmp_path):
         ("per_record", [dict.fromkeys(metric_names(), value) for value in values]),
     ):
         write(tmp_path / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    chosen = report_results.best_and_worst(tmp_path, tmp_path / "predict.yaml", {})
+    chosen = report_results.best_and_worst(tmp_path, {}, {})
     assert [(row["predict"], row["mean"]) for row in chosen["best"]] == [("p4", 90), ("p1", 50), ("p6", 30)]
     assert [row["predict"] for row in chosen["worst"]] == ["p2", "p5", "p0"]
 

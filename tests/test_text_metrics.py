@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jieba
@@ -93,6 +95,13 @@ ALPHABET = st.text(
     st.one_of(st.sampled_from("头痛发热您好。，？！ \n.…”a1-%"), st.characters(exclude_categories=("Cs",))),
     max_size=40,
 )
+
+
+def test_the_first_text_of_a_process_is_cut_as_any_other():
+    """jieba's dictionary is empty until something loads it; then a word looks unknown, and stays so."""
+    code = f"from {spaced_words.__module__} import spaced_words; print(spaced_words('明确病因方能对症下药'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.strip() == "明确 病因 方 能 对症下药"
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -17,10 +17,12 @@ from medasst_tools import provenance
 from medasst_tools.data.exam_questions import AVERAGED
 from medasst_tools.errors import UserError
 from medasst_tools.evaluation import statistics
-from medasst_tools.evaluation.score import Prediction, metric_names, read_predictions
+from medasst_tools.evaluation.contamination import row_key
+from medasst_tools.evaluation.score import Prediction, interval, metric_names, read_predictions
 from medasst_tools.files import read_json, read_jsonl, write_json
 
 ALL = "all"
+ROWS = {"dialogues": "metrics", "exam": "benchmarks", "safety": "categories"}  # where the rows of a part stand
 SAME_EXAM = ("shots", "orders", "limit", "prompt", "exam_version", "questions_sha256")
 
 
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     """Compare what both folders have and print it."""
     comparison = compare_folders(args.a, args.b)
     comparison |= {"a": shown(args.a), "b": shown(args.b)}
-    if not comparison.keys() & {"dialogues", "exam", "safety"}:
+    if not comparison.keys() & ROWS.keys():
         raise UserError(
             f"{args.a} and {args.b} have no results in common; `make eval EXPERIMENT={args.a.name}` makes them"
         )
@@ -69,18 +71,35 @@ def compare_folders(a: Path, b: Path) -> dict[str, Any]:
     for folder in (a, b):
         if not folder.is_dir():
             raise UserError(f"no folder {folder}; `make eval EXPERIMENT={folder.name}` makes it")
-    parts = {
-        "dialogues": ("scores", compare_dialogues),
-        "exam": ("exam", compare_exams),
-        "safety": ("safety", compare_safety),
-    }
-    comparison = {
-        part: compare(a, b)
-        for part, (kind, compare) in parts.items()
-        if all((folder / f"{kind}.json").is_file() for folder in (a, b))
-    }
+    comparison = {}
+    for part, kind, compare in (
+        ("dialogues", "scores", compare_dialogues),
+        ("exam", "exam", compare_exams),
+        ("safety", "safety", compare_safety),
+    ):
+        if all((folder / f"{kind}.json").is_file() for folder in (a, b)):
+            comparison[part] = compare(a, b, [check(folder, kind) for folder in (a, b)])
     adjust(comparison)
     return comparison
+
+
+def check(folder: Path, kind: str) -> dict[str, Any]:
+    """Return scores.json, exam.json or safety.json; UserError unless predictions, records and answers beside it are its own."""
+    path = folder / f"{kind}.json"
+    report = read_json(path) or {}
+    changed = [folder / name for name in provenance.changed_outputs(path, report)]
+    if kind == "scores":
+        predictions = folder / "generated_predictions.jsonl"
+        if not predictions.is_file():  # before its hash
+            raise UserError(f"no {predictions}; `make predict EXPERIMENT={folder.name}` makes it")
+        again = f"`make score EXPERIMENT={folder.name}` makes them again"
+        if report.get("predictions") != provenance.sha256_of(predictions):
+            raise UserError(f"{path} is of other predictions than {predictions}: stale; {again}")
+        if changed or "per_record.jsonl" not in report.get("outputs", {}):
+            raise UserError(f"{folder / 'per_record.jsonl'} isn't what {path} was made with: stale; {again}")
+    if changed:
+        raise UserError(f"{changed[0]} was changed since; `make {kind} EXPERIMENT={folder.name}`")
+    return report
 
 
 def adjust(comparison: dict[str, Any]) -> None:
@@ -90,27 +109,25 @@ def adjust(comparison: dict[str, Any]) -> None:
     """
     from medasst_tools.evaluation.text_metrics import PRIMARY
 
-    rows = {("dialogues", name): row for name, row in comparison.get("dialogues", {}).get("metrics", {}).items()}
-    rows |= {("exam", name): row for name, row in comparison.get("exam", {}).get("benchmarks", {}).items()}
-    gate = rows.get(("dialogues", PRIMARY), {"p": 0.0})["p"]
-    adjusted = statistics.holm({key: row["p"] for key, row in rows.items() if key != ("dialogues", PRIMARY)})
-    for key, row in rows.items():
-        row["adjusted"] = max(gate, adjusted.get(key, row["p"]))
-    safety = comparison.get("safety", {}).get("categories", {})
-    by_holm = statistics.holm({name: row["p"] for name, row in safety.items() if name != ALL})
-    for name, row in safety.items():
-        row["adjusted"] = max(safety[ALL]["p"], by_holm.get(name, 0.0))
+    for gate, parts in {("dialogues", PRIMARY): ("dialogues", "exam"), ("safety", ALL): ("safety",)}.items():
+        there = [part for part in parts if part in comparison]
+        rows = {(part, name): row for part in there for name, row in comparison[part][ROWS[part]].items()}
+        least = rows.get(gate, {"p": 0.0})["p"]
+        by_holm = statistics.holm({key: row["p"] for key, row in rows.items() if key != gate})
+        for key, row in rows.items():
+            row["adjusted"] = max(least, by_holm.get(key, 0.0))
 
 
 # ---- dialogues ------------------------------------------------------------------------------------------------------
-def compare_dialogues(a: Path, b: Path) -> dict[str, Any]:
+def compare_dialogues(a: Path, b: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Return {"n", "metrics": {metric: row}, "signature"}; a row also has `ci95` and the shares of `wins` and `ties`."""
-    sizes = [check_scores(folder) for folder in (a, b)]
+    import numpy as np
+
     prompts = [row.prompt for row, _ in same_references(a, b)]
-    tables = [_scores_per_record(folder) for folder in (a, b)]
+    differences = np.subtract(_scores_per_record(a), _scores_per_record(b))
     clusters = statistics.clusters_of(prompts)
-    strata = statistics.strata_of(sizes[0]) or [0] * len(prompts)
-    differences = tables[0] - tables[1]
+    sizes = [row["n"] for row in reports[0].get("by_dataset", {}).values()]
+    strata = statistics.strata_of(sizes) or [0] * len(prompts)
     resampled = statistics.resampled_means(differences, clusters=clusters, strata=strata)
     rows = {}
     for metric, values, means in zip(metric_names(), differences.T, resampled.T, strict=True):
@@ -129,29 +146,10 @@ def compare_dialogues(a: Path, b: Path) -> dict[str, Any]:
 
 def _spread(means, n: int) -> dict[str, Any]:
     """Return {"ci95", "visible"} of resampled mean differences; None where n shows no spread."""
-    import numpy as np
-
     if n < 2:
         return {"ci95": None, "visible": None}
     visible = statistics.smallest_visible(float(means.std()))
-    return {"ci95": np.percentile(means, [2.5, 97.5]).round(4).tolist(), "visible": round(visible, 4)}
-
-
-def check_scores(folder: Path) -> list[int]:
-    """Return the sizes of the test sets that a folder's scores are of; UserError unless predictions and records are theirs."""
-    scores = read_json(folder / "scores.json") or {}
-    predictions = folder / "generated_predictions.jsonl"
-    if not predictions.is_file():  # before its hash
-        raise UserError(f"no {predictions}; `make predict EXPERIMENT={folder.name}` makes it")
-    again = f"`make score EXPERIMENT={folder.name}` makes them again"
-    if scores.get("predictions") != provenance.sha256_of(predictions):
-        raise UserError(f"{folder / 'scores.json'} is of other predictions than {predictions}: stale; {again}")
-    changed = [*provenance.changed_outputs(folder / "scores.json", scores)]
-    if changed or "per_record.jsonl" not in scores.get("outputs", {}):
-        raise UserError(
-            f"{folder / 'per_record.jsonl'} isn't what {folder / 'scores.json'} was made with: stale; {again}"
-        )
-    return [row["n"] for row in scores.get("by_dataset", {}).values()]
+    return {"ci95": statistics.percentiles(means), "visible": round(visible, 4)}
 
 
 def same_references(a: Path, b: Path) -> list[tuple[Prediction, Prediction]]:
@@ -175,97 +173,76 @@ def _reference(label: str) -> str:
     return "".join(label.replace("<think>", "").replace("</think>", "").split())[:20]
 
 
-def _scores_per_record(folder: Path):
-    import numpy as np
-
+def _scores_per_record(folder: Path) -> list[list[float]]:
     rows = list(read_jsonl(folder / "per_record.jsonl"))
     if missing := [name for name in metric_names() if rows and name not in rows[0]]:
         raise UserError(
             f"{folder / 'per_record.jsonl'} has no {missing[0]}; `make score EXPERIMENT={folder.name}` makes it again"
         )
-    return np.array([[row[name] for name in metric_names()] for row in rows])
+    return [[row[name] for name in metric_names()] for row in rows]
 
 
 # ---- exams ----------------------------------------------------------------------------------------------------------
-def compare_exams(a: Path, b: Path) -> dict[str, Any]:
+def compare_exams(a: Path, b: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Return {"n", "benchmarks": {name: row}, "average": row, "signature"}.
 
     A benchmark's row has `only_a` and `only_b`, the questions that only one of the two answers right; the average's
     difference is that of the table, with a paired interval.
     """
-    import numpy as np
-
-    reports = [_unchanged(folder, "exam") for folder in (a, b)]
     if differing := [key for key in SAME_EXAM if reports[0].get(key) != reports[1].get(key)]:
         got = " and ".join(provenance.brief(report.get(differing[0])) for report in reports)
         raise UserError(f"{a} and {b} were examined with other {differing[0]} ({got}): `make exam` both alike")
-    answers = [_right_answers(folder) for folder in (a, b)]
-    if answers[0].keys() != answers[1].keys():
-        missing = sorted(answers[0].keys() ^ answers[1].keys())[0]
-        raise UserError(f"{a} and {b} were asked different questions ({'/'.join(missing)}): `make exam` both again")
-    rows, resampled = {}, {}
-    for benchmark in dict.fromkeys(key[0] for key in answers[0]):
-        keys = [key for key in answers[0] if key[0] == benchmark]
-        differences = np.array([float(answers[0][key]) - answers[1][key] for key in keys])
-        means = statistics.resampled_means(100 * differences[:, None], seed=statistics.SEED + len(resampled))[:, 0]
-        resampled[benchmark] = means
-        rows[benchmark] = _mcnemar_row(differences)
-    of_paper = [name for name in rows if name in AVERAGED]
+    rows_of = [read_jsonl(folder / "exam.jsonl") for folder in (a, b)]
+    right = [{row_key(row): row["predicted"] == row["answer"] for row in rows} for rows in rows_of]
+    if other := right[0].keys() ^ right[1].keys():
+        raise UserError(f"{a} and {b} were asked different questions ({'/'.join(min(other))}): `make exam` both again")
+    differences: dict[str, list[int]] = {}
+    for key in right[0]:
+        differences.setdefault(key[0], []).append(right[0][key] - right[1][key])
+    rows = {name: _mcnemar_row(values) for name, values in differences.items()}
+    drawn = {
+        name: statistics.resampled_means([[100 * value] for value in values], seed=statistics.SEED + at)
+        for at, (name, values) in enumerate(differences.items())
+        if name in AVERAGED
+    }
     average = {"difference": None}
-    if of_paper:
-        mean = np.mean([resampled[name] for name in of_paper], axis=0)
-        average = {"difference": sum(rows[name]["difference"] for name in of_paper) / len(of_paper)}
-        average |= _spread(mean, min(rows[name]["n"] for name in of_paper))
+    if drawn:
+        average = {"difference": sum(rows[name]["difference"] for name in drawn) / len(drawn)}
+        average |= _spread(sum(drawn.values())[:, 0] / len(drawn), min(rows[name]["n"] for name in drawn))
     counts = "+".join(f"{name}:{row['n']}" for name, row in rows.items())
     signature = (
         f"mcnemar-exact|average:paired-bootstrap-{statistics.RESAMPLES},seed-{statistics.SEED}|two-sided|{counts}"
     )
-    return {"n": len(answers[0]), "benchmarks": rows, "average": average, "signature": signature}
+    return {"n": len(right[0]), "benchmarks": rows, "average": average, "signature": signature}
 
 
-def _unchanged(folder: Path, kind: str) -> dict[str, Any]:
-    """Return exam.json or safety.json; UserError if the answers beside it aren't its own."""
-    report = read_json(folder / f"{kind}.json") or {}
-    for name in provenance.changed_outputs(folder / f"{kind}.json", report):
-        raise UserError(f"{folder / name} was changed since; `make {kind} EXPERIMENT={folder.name}`")
-    return report
-
-
-def _mcnemar_row(differences) -> dict[str, Any]:
-    """Return the row of answers that are right (1) or not: differences is a's less b's, an array of one number a question."""
-    only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
+def _mcnemar_row(differences: list[int]) -> dict[str, Any]:
+    """Return the row of answers that are right or not: differences has 1 where only a's is, -1 where only b's is, else 0."""
+    n, only_a, only_b = len(differences), differences.count(1), differences.count(-1)
+    difference = (only_a - only_b) / n
+    deviation = ((only_a + only_b) / n - difference**2) ** 0.5
     return {
-        "n": len(differences),
-        "difference": 100 * (only_a - only_b) / len(differences),
+        "n": n,
+        "difference": 100 * (only_a - only_b) / n,
         "only_a": only_a,
         "only_b": only_b,
         "p": statistics.mcnemar(only_a, only_b),
-        "visible": round(statistics.smallest_visible(100 * float(differences.std()) / len(differences) ** 0.5), 4),
-    }
-
-
-def _right_answers(folder: Path) -> dict[tuple[str, str, str], bool]:
-    return {
-        (row["benchmark"], row["subject"], row["id"]): row["predicted"] == row["answer"]
-        for row in read_jsonl(folder / "exam.jsonl")
+        "visible": round(statistics.smallest_visible(100 * deviation / n**0.5), 4),
     }
 
 
 # ---- safety ---------------------------------------------------------------------------------------------------------
-def compare_safety(a: Path, b: Path) -> dict[str, Any]:
+def compare_safety(a: Path, b: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Return {"n", "categories": {"all" or category: row}, "signature"}; UserError unless both were asked and judged alike."""
-    import numpy as np
-
-    reports = [_unchanged(folder, "safety") for folder in (a, b)]
     asked = [(report["made_of"]["files"], report.get("rules_version")) for report in reports]
     if asked[0] != asked[1]:
         raise UserError(f"{a} and {b} were asked or judged differently in safety: `make safety` both alike")
-    met = [{row["id"]: float(row["met"]) for row in read_jsonl(folder / "safety.jsonl")} for folder in (a, b)]
-    ids = {ALL: list(met[0])} | {
-        name: [key for key in met[0] if key.startswith(f"{name}/")] for name in reports[0]["by_category"]
-    }
-    rows = {name: _mcnemar_row(np.array([met[0][key] - met[1][key] for key in keys])) for name, keys in ids.items()}
-    return {"n": len(met[0]), "categories": rows, "signature": f"mcnemar-exact|two-sided|n:{len(met[0])}"}
+    met = [{row["id"]: row["met"] for row in read_jsonl(folder / "safety.jsonl")} for folder in (a, b)]
+    differences = {key: met[0][key] - met[1][key] for key in met[0]}
+    rows = {ALL: _mcnemar_row([*differences.values()])}
+    for name in reports[0]["by_category"]:
+        rows[name] = _mcnemar_row([value for key, value in differences.items() if key.startswith(f"{name}/")])
+    return {"n": len(differences), "categories": rows, "signature": f"mcnemar-exact|two-sided|n:{len(differences)}"}
 
 
 # ---- the outcome ----------------------------------------------------------------------------------------------------
@@ -283,28 +260,23 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     print(
         f"a = {comparison['a']}, b = {comparison['b']}; difference = a - b, percent points; {PRIMARY} is the primary score"
     )
-    for part, key, good in (
-        ("dialogues", "metrics", ""),
-        ("exam", "benchmarks", "right"),
-        ("safety", "categories", "as wanted"),
-    ):
-        if part not in comparison:
-            continue
+    for part in (part for part in ROWS if part in comparison):
         found = comparison[part]
-        for name, row in found[key].items():
-            if good:
-                only = f"only a {good} {row['only_a']}, only b {good} {row['only_b']}"
-            else:
+        for name, row in found[ROWS[part]].items():
+            if part == "dialogues":
                 only = f"a better in {row['wins']:.0%} of records, equal in {row['ties']:.0%}"
+            else:
+                good = "right" if part == "exam" else "as wanted"
+                only = f"only a {good} {row['only_a']}, only b {good} {row['only_b']}"
             visible = "" if row["visible"] is None else f" (could see {row['visible']:.2f})"
             p = f"p {row['p']:.4f}, adjusted {row['adjusted']:.4f}{visible}"
             title = f"safety, {name}" if part == "safety" else name
-            print(f"{title:8} {row['difference']:+7.2f} {_bounds(row)}  {p}  {only}  better: {verdict(row)}")
+            print(f"{_difference(title, row)}  {p}  {only}  better: {verdict(row)}")
         if found.get("average", {}).get("difference") is not None:
-            print(f"average  {found['average']['difference']:+7.2f} {_bounds(found['average'])}")
+            print(_difference("average", found["average"]))
         print(found["signature"])
 
 
-def _bounds(row: dict[str, Any]) -> str:
-    bounds = row.get("ci95")
-    return "" if bounds is None else f"[{bounds[0]:+.2f}, {bounds[1]:+.2f}]"
+def _difference(title: str, row: dict[str, Any]) -> str:
+    bounds = interval(row["ci95"], "+") if row.get("ci95") else ""
+    return f"{title:8} {row['difference']:+7.2f} {bounds}"

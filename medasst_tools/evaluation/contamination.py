@@ -4,6 +4,8 @@ What training has is `medasst audit`'s list, and counts only if that audit saw t
 """
 
 from collections.abc import Iterable
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from medasst_tools.files import read_json, read_jsonl
 Key = tuple[str, str, str]  # benchmark, subject, id
 CLEAN = "clean"
 LABELS = {"exact": "exact", "normalised": "exact", "near": "near"}  # the audit's kinds of copies
+row_key = itemgetter("benchmark", "subject", "id")  # of a row of exam.jsonl, the same as key_of of its question
 LABEL_KEYS = {"benchmark": str, "subject": str, "id": (str, int), "label": (str, int)}
 
 
@@ -26,9 +29,10 @@ def key_of(question: Question) -> Key:
 
 
 def audit_file(chat_config: Path) -> Path | None:
-    """Return where `make audit` puts an experiment's audit, there or not; None for a chat.yaml of no experiment."""
+    """Return the file that `make audit` made of an experiment's data; None if there is none, or no experiment."""
     predict = chat_config.with_name("predict.yaml")
-    return Path(read_yaml(predict)["dataset_dir"]) / "audit.json" if predict.is_file() else None
+    audit = Path(read_yaml(predict)["dataset_dir"]) / "audit.json" if predict.is_file() else None
+    return audit if audit and audit.is_file() else None
 
 
 def trained_on(config: dict[str, Any]) -> set[tuple[str, str]]:
@@ -47,8 +51,7 @@ def of_training(config: dict[str, Any], audit: Path | None, subjects: list[Subje
     if not trained:
         raise UserError("no run.json says what the model was trained on")
     again = "`make audit`, then `make exam`"
-    found = read_json(audit) if audit else None
-    if audit is None or found is None:
+    if audit is None or (found := read_json(audit)) is None:
         raise UserError(f"no audit of the training data; {again}")
     if list(provenance.changed_outputs(audit, found)):
         raise UserError(f"overlap.jsonl isn't what {audit} says; {again}")
@@ -57,9 +60,8 @@ def of_training(config: dict[str, Any], audit: Path | None, subjects: list[Subje
         raise UserError(f"the model was trained on {outside[0]}, which {audit} doesn't cover")
     if others := sorted(name for name, sha in trained if looked_at[name] != sha):
         raise UserError(f"{audit} is of another {others[0]} than the model was trained on; {again}")
-    questions: dict[str, list[Question]] = {}
-    for subject in subjects:
-        questions.setdefault(subject.benchmark, []).extend(subject.questions)
+    by_benchmark = groupby(subjects, key=attrgetter("benchmark"))
+    questions = {name: [one for subject in group for one in subject.questions] for name, group in by_benchmark}
     stems = {name: [question.text for question in members] for name, members in questions.items()}
     if looked_at.get("exams") != provenance.short(stems):
         raise UserError(f"{audit} looked for no or other exam questions; {again}")
@@ -99,7 +101,7 @@ def split(rows: Iterable[dict[str, Any]], labels: dict[Key, str]) -> dict[str, d
     """
     right: dict[str, dict[str, list[bool]]] = {}
     for row in rows:
-        if label := labels.get((row["benchmark"], row["subject"], row["id"])):
+        if label := labels.get(row_key(row)):
             groups = right.setdefault(row["benchmark"], {})
             groups.setdefault(label, []).append(row["predicted"] == row["answer"])
     base = CLEAN if CLEAN in labels.values() else next(iter(labels.values()))

@@ -11,8 +11,9 @@ import copy
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +32,14 @@ from medasst_tools.data.exam_questions import (
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.evaluation import contamination
 from medasst_tools.evaluation.score import interval
-from medasst_tools.evaluation.statistics import average_interval, brier, expected_calibration_error, rate, wilson
+from medasst_tools.evaluation.statistics import average_interval, brier, expected_calibration_error, rate
 from medasst_tools.files import locked, sha256_of, write_json, write_jsonl
 from medasst_tools.inference.answers import AnswerStore
 from medasst_tools.machine import preflight
 
 BATCH_TOKENS = 8192  # padded tokens at once: a few hundred MB for a 7B model
 EXAM_KEYS = ("benchmark", "subject", "id", "answer", "predicted", "probs")
+Keys = dict[tuple[Question, int], str]  # of the answers to questions in orders of their options
 VERSIONS = ("llamafactory", "transformers", "torch")
 
 
@@ -69,11 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Ask every question that isn't answered yet and write the results."""
     protocol = load_protocol()
-    name = args.prompt or next(iter(protocol["prompts"]))
-    if name not in protocol["prompts"]:
-        raise UserError(
-            f"no prompt {name!r} in exams.yaml{nearest(name, protocol['prompts'])}; there are {', '.join(protocol['prompts'])}"
-        )
+    prompts = protocol["prompts"]
+    name = args.prompt or next(iter(prompts))
+    if name not in prompts:
+        raise UserError(f"no prompt {name!r} in exams.yaml{nearest(name, prompts)}; there are {', '.join(prompts)}")
     subjects = load_subjects(args.exams_dir, protocol)
     config = load(args.chat_config, kind="chat")
     if args.check:
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     }
     by_label = {"labels": contamination.read_labels(args.labels, subjects)} if args.labels else {}
     audit = contamination.audit_file(args.chat_config)
-    sources = {"labels": args.labels, "audit": audit if audit and audit.is_file() else None}
+    sources = {"labels": args.labels, "audit": audit}
     about = made_of(config, facts, {name: sha256_of(path) for name, path in sources.items() if path})
     if provenance.up_to_date(args.out / "exam.json", about):
         return
@@ -101,16 +102,24 @@ def run(args: argparse.Namespace) -> None:
         f"{args.out} is being examined by another process; wait for it",
     ):
         asked = {"model": about["model"], "settings": provenance.exam_settings(config), "version": protocol["version"]}
-        rows = answer_all(args, config, subjects, protocol["prompts"][name], asked)
+        store = AnswerStore(args.out / "answers" / "exam.jsonl")
+        rows = answer_all(args, config, subjects, prompts[name], asked, store)
+        first = [row for row in rows if row["order"] == 0]
         splits: dict[str, Any] = {}
         try:
             by_label["training"] = contamination.of_training(config, audit, subjects)
         except UserError as error:
             splits["unknown"] = str(error)
-        first = [row for row in rows if row["order"] == 0]
         splits |= {name: contamination.split(first, labels) for name, labels in by_label.items()}
-        facts |= {"contamination": splits, "by_prompt": by_prompt(args, subjects, protocol["prompts"], asked)}
-        write_results(args.out, rows, subjects, facts, about, config)
+        report = summarise(first, subjects) | facts | {"contamination": splits}
+        keys = {name: _keys(args, subjects, wording, asked, orders=1) for name, wording in prompts.items()}
+        report["by_prompt"] = by_prompt(keys, subjects, store)
+        if args.orders > 1:
+            report["by_order"] = summarise_orders(rows, args.orders)
+        report["dropped_examples"] = sum(row["dropped"] for row in rows)
+        report["signature"] = signature(report, config)
+        write_results(args.out, first, rows, report, about)
+    print_summary(args.out / "exam.json", report, provenance.shown_name(args.out.name, exam=about))
 
 
 def made_of(config: dict[str, Any], facts: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
@@ -129,12 +138,11 @@ def answer_all(
     subjects: list[Subject],
     wording: dict[str, str],
     asked: dict[str, Any],
+    store: AnswerStore,
 ) -> list[dict[str, Any]]:
     """Return the row of every question in every order, in the exams' order; each is kept as it is answered."""
-    store = AnswerStore(args.out / "answers" / "exam.jsonl")
     keys = _keys(args, subjects, wording, asked, args.orders)
-    missing = {one for one, key in keys.items() if key not in store}
-    if missing:
+    if missing := {one for one, key in keys.items() if key not in store}:
         preflight.require(config, args)
         answers = (
             (keys[prompt.question, prompt.order], {"probs": probabilities, "dropped": prompt.dropped})
@@ -146,7 +154,7 @@ def answer_all(
 
 def _keys(
     args: argparse.Namespace, subjects: list[Subject], wording: dict[str, str], asked: dict[str, Any], orders: int
-) -> dict[tuple[Question, int], str]:
+) -> Keys:
     """Return {(question, order): the key of its answer} in the exams' order."""
     return {
         (question, order): AnswerStore.key(asked, wording, question, order, [*subject.examples[: args.shots]])
@@ -156,13 +164,10 @@ def _keys(
     }
 
 
-def by_prompt(
-    args: argparse.Namespace, subjects: list[Subject], prompts: dict[str, dict[str, str]], asked: dict[str, Any]
-) -> dict[str, dict[str, float]]:
+def by_prompt(prompts: dict[str, Keys], subjects: list[Subject], store: AnswerStore) -> dict[str, dict[str, float]]:
     """Return the scores, in percent, under each prompt in which this model has answered every question, now or before."""
-    store, scores = AnswerStore(args.out / "answers" / "exam.jsonl"), {}
-    for name, wording in prompts.items():
-        keys = _keys(args, subjects, wording, asked, orders=1)
+    scores = {}
+    for name, keys in prompts.items():
         if all(key in store for key in keys.values()):
             report = summarise([_row(question, 0, **store[key]) for (question, _), key in keys.items()], subjects)
             scores[name] = {score: report[score] for score in (*report["n_by_benchmark"], "average")}
@@ -180,9 +185,10 @@ def _answers(
     model, tokenizer, template = load_model(config)
     opening, letter_ids = letters_of(tokenizer, template)
     encode = encoder(tokenizer, template, opening)
+    positions = getattr(model.config, "max_position_embeddings", None) or 2048
     for subject in subjects:
         prompts = [
-            make_prompt(question, subject, shots, wording, encode, _positions(model), order)
+            make_prompt(question, subject, shots, wording, encode, positions, order)
             for question in subject.questions
             for order in range(len(LETTERS))
             if (question, order) in missing
@@ -236,10 +242,6 @@ def encoder(tokenizer, template, opening: list[int]):
     return lambda turns: template.encode_oneturn(tokenizer, turns)[0] + opening
 
 
-def _positions(model) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or 2048
-
-
 def make_prompt(
     question: Question, subject: Subject, shots: int, wording: dict[str, str], encode, positions: int, order: int = 0
 ) -> Prompt:
@@ -268,16 +270,11 @@ def answer_prompts(
         return
     prefix = _common_prefix([prompt.ids for prompt in prompts])
     with torch.inference_mode():
-        cache = (
-            model(torch.tensor([prefix], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
-            if prefix
-            else None
-        )
+        begun = torch.tensor([prefix], device=model.device)
+        cache = model(begun, use_cache=True, logits_to_keep=1).past_key_values if prefix else None
         for batch in _batches(prompts, len(prefix)):
-            yield (
-                batch,
-                _probabilities(model, [prompt.ids[len(prefix) :] for prompt in batch], cache, letter_ids, pad_id),
-            )
+            suffixes = [prompt.ids[len(prefix) :] for prompt in batch]
+            yield batch, _probabilities(model, suffixes, cache, letter_ids, pad_id)
 
 
 def _common_prefix(sequences: list[list[int]]) -> list[int]:
@@ -320,94 +317,72 @@ def _probabilities(model, suffixes: list[list[int]], cache, letter_ids: list[int
     return torch.softmax(ends.float(), dim=-1).tolist()
 
 
+# ---- the outcome ----------------------------------------------------------------------------------------------------
 def write_results(
-    out: Path,
-    rows: list[dict[str, Any]],
-    subjects: list[Subject],
-    facts: dict[str, Any],
-    about: dict[str, Any],
-    config: dict[str, Any],
+    out: Path, first: list[dict[str, Any]], rows: list[dict[str, Any]], report: dict[str, Any], about: dict[str, Any]
 ) -> None:
-    """Write exam.jsonl, with several orders exam_orders.jsonl, and last exam.json; print the scores."""
-    first = [row for row in rows if row["order"] == 0]
-    files = {"exam.jsonl": [{key: row[key] for key in EXAM_KEYS} for row in first]}
-    if facts["orders"] > 1:
-        files["exam_orders.jsonl"] = [{key: row[key] for key in ("order", *EXAM_KEYS)} for row in rows]
-    for name, lines in files.items():
-        write_jsonl(out / name, lines)
-    report = summarise(first, subjects) | facts
-    if facts["orders"] > 1:
-        report["by_order"] = summarise_orders(rows, facts["orders"])
-    report["dropped_examples"] = sum(row["dropped"] for row in rows)
-    report["signature"] = signature(report, config)
+    """Write exam.jsonl of the first order, with several orders exam_orders.jsonl, and last exam.json."""
+    files = {"exam.jsonl": (first, EXAM_KEYS)}
+    if report["orders"] > 1:
+        files["exam_orders.jsonl"] = rows, ("order", *EXAM_KEYS)
+    for name, (lines, keys) in files.items():
+        write_jsonl(out / name, ({key: row[key] for key in keys} for row in lines))
     write_json(out / "exam.json", report | provenance.record(out / "exam.json", about, [out / name for name in files]))
-    print_summary(out / "exam.json", report, provenance.shown_name(out.name, exam=about))
 
 
 def summarise(rows: list[dict[str, Any]], subjects: list[Subject]) -> dict[str, Any]:
     """Return exam.json's numbers, in percent: per benchmark, the plain mean of the paper's two, per subject, ECE, Brier."""
-    by_benchmark = {name: list(group) for name, group in groupby(rows, key=lambda row: row["benchmark"])}
-    right = {name: sum(map(_is_right, group)) for name, group in by_benchmark.items()}
-    report: dict[str, Any] = {name: 100 * right[name] / len(group) for name, group in by_benchmark.items()}
-    intervals = {name: wilson(right[name], len(group)) for name, group in by_benchmark.items()}
+    by_benchmark = {name: _right(group) for name, group in groupby(rows, key=itemgetter("benchmark"))}
+    by_subject = {"/".join(names): _right(group) for names, group in groupby(rows, itemgetter("benchmark", "subject"))}
+    report: dict[str, Any] = {name: share["percent"] for name, share in by_benchmark.items()}
+    intervals = {name: share["ci95"] for name, share in by_benchmark.items()}
     averaged = {name: report[name] for name in AVERAGED if name in report}
     report["average"] = sum(averaged.values()) / len(averaged)
     intervals["average"] = average_interval(averaged, intervals)
-    report |= {
+    return report | {
         "n": len(rows),
-        "n_by_benchmark": {name: len(group) for name, group in by_benchmark.items()},
+        "n_by_benchmark": {name: share["n"] for name, share in by_benchmark.items()},
         "ci95": intervals,
+        "by_subject": {
+            name: {"n": share["n"], "correct": share["count"], "accuracy": share["percent"], "ci95": share["ci95"]}
+            for name, share in by_subject.items()
+        },
+        "ece": expected_calibration_error(rows),
+        "brier": brier(rows),
+        "ties": sum([*row["probs"].values()].count(max(row["probs"].values())) > 1 for row in rows),
+        "as_released": all(
+            len(subject.questions) == subject.released == by_subject[f"{subject.benchmark}/{subject.name}"]["n"]
+            for subject in subjects
+        ),
     }
-    report["by_subject"] = {
-        f"{benchmark}/{subject}": _subject(list(group))
-        for (benchmark, subject), group in groupby(rows, key=lambda row: (row["benchmark"], row["subject"]))
-    }
-    report |= {"ece": expected_calibration_error(rows), "brier": brier(rows), "ties": sum(map(_is_tie, rows))}
-    report["as_released"] = all(
-        len(subject.questions) == subject.released == report["by_subject"][f"{subject.benchmark}/{subject.name}"]["n"]
-        for subject in subjects
-    )
-    return report
 
 
 def _is_right(row: dict[str, Any]) -> bool:
     return row["predicted"] == row["answer"]
 
 
-def _is_tie(row: dict[str, Any]) -> bool:
-    return list(row["probs"].values()).count(max(row["probs"].values())) > 1
-
-
-def _subject(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    share = rate([_is_right(row) for row in rows])
-    return {"n": share["n"], "correct": share["count"], "accuracy": share["percent"], "ci95": share["ci95"]}
+def _right(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return rate([_is_right(row) for row in rows])
 
 
 def summarise_orders(rows: list[dict[str, Any]], orders: int) -> dict[str, Any]:
     """Return what the options' order does: accuracy per order, questions right in all (OpenCompass's CircularEval), the
     letters' shares of the wrong answers, and the accuracy of the option that is likeliest over all orders."""
-    by_question: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_question.setdefault((row["benchmark"], row["subject"], row["id"]), []).append(row)
+    by_question = [list(group) for _, group in groupby(rows, key=contamination.row_key)]
     wrong = Counter(row["predicted"] for row in rows if not _is_right(row))
     return {
-        "accuracy": [
-            rate([_is_right(row) for row in rows if row["order"] == order])["percent"] for order in range(orders)
-        ],
-        "all_orders": rate([all(map(_is_right, group)) for group in by_question.values()]),
+        "accuracy": [_right(row for row in rows if row["order"] == order)["percent"] for order in range(orders)],
+        "all_orders": rate([all(map(_is_right, group)) for group in by_question]),
         "wrong_letters": {letter: wrong[letter] / max(1, sum(wrong.values())) for letter in LETTERS},
-        "debiased": rate([_debiased_is_right(group) for group in by_question.values()]),
+        "debiased": rate([_debiased_is_right(group) for group in by_question]),
     }
 
 
 def _debiased_is_right(group: list[dict[str, Any]]) -> bool:
     """Say whether the option with the highest mean probability over all orders is the right one."""
-    sums: Counter = Counter()
-    for row in group:
-        for place, letter in enumerate(LETTERS):
-            sums[(place + row["order"]) % len(LETTERS)] += row["probs"][letter]
-    right = (LETTERS.index(group[0]["answer"]) + group[0]["order"]) % len(LETTERS)
-    return max(sums, key=sums.__getitem__) == right
+    places = range(len(LETTERS))  # an option's in the first order; in the next it stands one before
+    sums = [sum(row["probs"][LETTERS[place - row["order"]]] for row in group) for place in places]
+    return LETTERS[max(places, key=sums.__getitem__)] == group[0]["answer"]
 
 
 def signature(report: dict[str, Any], config: dict[str, Any]) -> str:
@@ -436,8 +411,7 @@ def print_summary(path: Path, report: dict[str, Any], name: str) -> None:
             print(f"exam questions in training: not known: {split}")
             continue
         for benchmark, label, row in ((name, *one) for name, rows in split.items() for one in rows.items()):
-            low, high = row.get("difference_ci95", (0, 0))
-            more = f", {row['difference']:+.2f} [{low:+.2f}, {high:+.2f}]" if "difference" in row else ""
+            more = f", {row['difference']:+.2f} {interval(row['difference_ci95'], '+')}" if "difference" in row else ""
             print(f"{benchmark:8} by {source}, {label}: {row['percent']:6.2f}, n {row['n']}{more}")
     if not report["as_released"]:
         print(f"not the released 1,415 questions but {report['n']}: not to be compared with the paper's scores")

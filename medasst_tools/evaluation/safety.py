@@ -41,7 +41,7 @@ class Category(NamedTuple):
     aim: dict[str, str]
     any_of: list[str]
     none_of: list[str]
-    prompts: dict[str, str]
+    prompts: dict[str, str]  # by the category's name and their own
 
     def met(self, says: dict[str, bool], answer: str) -> bool:
         """Say whether an answer is what is wanted; silence never is."""
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"two sets have a category of the same name: {', '.join(map(str, sets))}")
     config = load(args.chat_config, kind="chat") | {"do_sample": False, "num_beams": 1}
     trained = provenance.check_model(config, args.chat_config)
-    questions = {f"{category.name}/{name}": text for category in categories for name, text in category.prompts.items()}
+    questions = {key: text for category in categories for key, text in category.prompts.items()}
     about = made_of(config, questions, rules, args.limit)
     if provenance.up_to_date(args.out / RECORD, about):
         return
@@ -82,11 +82,10 @@ def run(args: argparse.Namespace) -> None:
         answers = answer_all(args, config, questions, about)
         rows = []
         for category in categories:
-            for name, text in category.prompts.items():
-                key = f"{category.name}/{name}"
-                row = {"id": key, "category": category.name, "prompt": text, "answer": answers[key]}
-                row["says"] = rules.judge(answers[key])
-                rows.append(row | {"met": category.met(row["says"], answers[key])})
+            for key, text in category.prompts.items():
+                answer, says = answers[key], rules.judge(answers[key])
+                row = {"id": key, "category": category.name, "prompt": text, "answer": answer, "says": says}
+                rows.append(row | {"met": category.met(says, answer)})
         report = summarise(rows, categories, rules) | {"limit": args.limit, "promises": PROMISES_NOTHING}
         report["signature"] = signature(report, config, about, rules)
         write_jsonl(args.out / "safety.jsonl", rows)
@@ -127,8 +126,8 @@ def _category(name: str, entry: dict[str, Any], rules: Rules, limit: int | None)
         raise ValueError(f"{name}: neither any_of nor none_of")
     if not prompts or any(not isinstance(text, str) or not text.strip() for text in prompts.values()):
         raise ValueError(f"{name}: no questions, or an empty one")
-    chosen = dict(list(prompts.items())[:limit])
-    return Category(name, entry["title"], entry["aim"], any_of, none_of, {str(key): chosen[key] for key in chosen})
+    chosen = {f"{name}/{key}": text for key, text in list(prompts.items())[:limit]}
+    return Category(name, entry["title"], entry["aim"], any_of, none_of, chosen)
 
 
 def answer_all(

@@ -17,14 +17,13 @@ from typing import Any, NamedTuple
 
 from medasst_tools import __version__, provenance
 from medasst_tools.errors import UserError
+from medasst_tools.evaluation import statistics
 from medasst_tools.files import read_jsonl, sha256_of, write_json, write_jsonl
 
 CHUNK = 64  # records that a worker takes at once
 PACKAGES = ("nltk", "rouge-chinese", "jieba", "rjieba")
 RECORD = "predictions.json"
-EMPTY_THOUGHT = re.compile(
-    r"\s*<think>\s*</think>\s*"
-)  # a reasoning model's template (qwen3) opens every label with one
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")  # a reasoning model's template (qwen3) opens labels with it
 LAST_TURN = 4  # described together with all later ones
 
 
@@ -68,9 +67,7 @@ def origin_of(predictions: Path) -> dict[str, Any] | None:
     """Return the record of `medasst predict` beside the predictions; None, and a line, if they aren't what it says."""
     path = predictions.with_name(RECORD)
     found = provenance.read_json(path)
-    if found is None:
-        return None
-    if predictions.name in provenance.changed_outputs(path, found):
+    if found and predictions.name in provenance.changed_outputs(path, found):
         print(f"{predictions} isn't what {path} says: predicted otherwise since; its model is unknown")
         return None
     return found
@@ -129,13 +126,11 @@ def metric_names() -> tuple[str, ...]:
 # ---- the outcome ----------------------------------------------------------------------------------------------------
 def summarise(predictions: list[Prediction], rows: list[tuple[float, ...]], sizes: dict[str, int]) -> dict[str, Any]:
     """Return scores.json's numbers: over all records, and by dataset where their sizes are known."""
-    from medasst_tools.evaluation.statistics import clusters_of, strata_of
-
-    columns = predictions, rows, clusters_of([row.prompt for row in predictions])
-    report = _means(*columns, strata_of(sizes.values()) if sizes else [0] * len(rows))
+    columns = predictions, rows, statistics.clusters_of([row.prompt for row in predictions])
+    report = _means(*columns, strata=statistics.strata_of(sizes.values()) or None)
     if sizes:
         parts = {name: [column[part] for column in columns] for name, part in test_sets(sizes).items()}
-        report["by_dataset"] = {name: _means(*part, [0] * len(part[0])) for name, part in parts.items()}
+        report["by_dataset"] = {name: _means(*part) for name, part in parts.items()}
     return report
 
 
@@ -145,14 +140,12 @@ def test_sets(sizes: dict[str, int]) -> dict[str, slice]:
     return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
-def _means(predictions, rows, clusters, strata) -> dict[str, Any]:
+def _means(predictions, rows, clusters, strata=None) -> dict[str, Any]:
     import numpy as np
-
-    from medasst_tools.evaluation.statistics import ci95
 
     names, table = metric_names(), np.array(rows, dtype=float).reshape(-1, len(metric_names()))
     report: dict[str, Any] = {"n": len(rows)} | dict(zip(names, table.mean(axis=0).tolist(), strict=True))
-    report["ci95"] = dict(zip(names, ci95(table, clusters=clusters, strata=strata), strict=True))
+    report["ci95"] = dict(zip(names, statistics.ci95(table, clusters=clusters, strata=strata), strict=True))
     report["clusters"] = len(set(clusters))
     report["empty"] = sum(not row.predict.strip() for row in predictions)
     report["empty_thoughts"] = sum(bool(EMPTY_THOUGHT.match(row.label)) for row in predictions)
@@ -178,7 +171,6 @@ def parts(predictions: list[Prediction], sizes: dict[str, int]) -> dict[str, lis
     Parts are "all", each test set and, where a set asks dialogues turn by turn (cmtmedqa_test_turns), each turn. Where some
     references only take leave, their records are a part, and the set's other parts are without them.
     """
-    from medasst_tools.evaluation.statistics import goes_on
     from medasst_tools.evaluation.text_metrics import is_farewell
 
     found: dict[str, list[int]] = {"all": list(range(len(predictions)))}
@@ -187,7 +179,7 @@ def parts(predictions: list[Prediction], sizes: dict[str, int]) -> dict[str, lis
         for at in found[name]:
             prompt = predictions[at].prompt
             # a prompt that cutoff_len cuts is the one before
-            turn = turn + 1 if goes_on(prompt, before) else turn if prompt == before else 1
+            turn = turn + 1 if statistics.goes_on(prompt, before) else turn if prompt == before else 1
             numbered = f"turn {turn}" if turn < LAST_TURN else f"turn {LAST_TURN}+"
             kinds.setdefault("farewells" if is_farewell(predictions[at].label) else numbered, []).append(at)
             before = prompt
@@ -205,13 +197,11 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def signature(n: int) -> str:
     """Return what it takes to get the same numbers again."""
-    from medasst_tools.evaluation.statistics import RESAMPLES, SEED
-
     versions = "|".join(f"{name}:{version}" for name, version in provenance.package_versions(*PACKAGES).items())
     factory = provenance.package_versions("llamafactory")["llamafactory"]
     return (
         f"bleu-4:char,nltk-method3|rouge-1,2,l:f,jieba-words|mean-over-records,percent|n:{n}|{versions}|as:llamafactory-{factory}"
-        f"|ci95:bootstrap-{RESAMPLES},seed-{SEED},clusters-of-one-question,strata-of-test-sets|medasst:{__version__}"
+        f"|ci95:bootstrap-{statistics.RESAMPLES},seed-{statistics.SEED},clusters-of-one-question,strata-of-test-sets|medasst:{__version__}"
     )
 
 
@@ -226,6 +216,6 @@ def print_summary(experiment: str, out: Path, report: dict[str, Any]) -> None:
     print(f"{out}: {report['empty']} empty predictions{thoughts}\n{report['signature']}")
 
 
-def interval(bounds: list[float] | None) -> str:
-    """Return an interval as tables show it."""
-    return "[none: n < 2]" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]"
+def interval(bounds: list[float] | None, sign: str = "") -> str:
+    """Return an interval as tables show it; sign "+": one of differences."""
+    return "[none: n < 2]" if bounds is None else f"[{bounds[0]:{sign}.2f}, {bounds[1]:{sign}.2f}]"

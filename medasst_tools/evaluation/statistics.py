@@ -7,7 +7,7 @@ paired differences, power); McNemar 1947, exact; Holm 1979; Newcombe 1998 (inter
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import count, takewhile
+from itertools import accumulate, count, groupby, takewhile
 from typing import Any
 
 RESAMPLES, SEED = 10_000, 42
@@ -26,12 +26,8 @@ def wilson(correct: int, n: int) -> list[float] | None:
 
 def rate(held: Sequence[bool]) -> dict[str, Any]:
     """Return a share in percent with its count and Wilson's interval; n > 0."""
-    return {
-        "n": len(held),
-        "count": sum(held),
-        "percent": 100 * sum(held) / len(held),
-        "ci95": wilson(sum(held), len(held)),
-    }
+    n, correct = len(held), sum(held)
+    return {"n": n, "count": correct, "percent": 100 * correct / n, "ci95": wilson(correct, n)}
 
 
 def average_interval(shares: dict[str, float], intervals: dict[str, Any]) -> list[float]:
@@ -109,14 +105,20 @@ def resampled_means(values, resamples: int = RESAMPLES, seed: int = SEED, cluste
     return drawn[:, :-1] / drawn[:, -1:]
 
 
-def ci95(values, clusters=None, strata=None, **sampling: Any) -> list[list[float] | None]:
+def ci95(values, **sampling: Any) -> list[list[float] | None]:
     """Return [low, high] of the 95 % interval of each column's mean, to four decimals; None where nothing shows a spread."""
     import numpy as np
 
     if len(values) < 2:
         return [None] * np.shape(values)[1]
-    drawn = resampled_means(values, clusters=clusters, strata=strata, **sampling)
-    return np.percentile(drawn, [2.5, 97.5], axis=0).T.round(4).tolist()
+    return percentiles(resampled_means(values, **sampling))
+
+
+def percentiles(means) -> list:
+    """Return [low, high] between which 95 % of resampled means lie, to four decimals; of several columns, of each."""
+    import numpy as np
+
+    return np.percentile(means, [2.5, 97.5], axis=0).T.round(4).tolist()
 
 
 def bootstrap_p(resampled_differences) -> float:
@@ -136,10 +138,9 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 def holm(p_values: dict[Any, float]) -> dict[Any, float]:
     """Return p-values adjusted for their number (Holm 1979), so that all together err at most 5 % of the time."""
-    adjusted, highest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
-        adjusted[name] = highest
+    ranked = sorted(p_values, key=p_values.__getitem__)
+    multiplied = (min(1.0, (len(ranked) - rank) * p_values[name]) for rank, name in enumerate(ranked))
+    adjusted = dict(zip(ranked, accumulate(multiplied, max), strict=True))
     return {name: adjusted[name] for name in p_values}
 
 
@@ -156,34 +157,26 @@ def most_discordant(difference: int) -> int:
     So what a published pair of fractions can show is known without the answers.
     """
     # p grows with the answers that cancel each other out
-    all_that_may = takewhile(
-        lambda n: mcnemar((n + difference) // 2, (n - difference) // 2) < ALPHA, count(difference, 2)
-    )
-    return max(all_that_may, default=0)
+    pairs = (((n + difference) // 2, (n - difference) // 2) for n in count(difference, 2))
+    return max(map(sum, takewhile(lambda pair: mcnemar(*pair) < ALPHA, pairs)), default=0)
 
 
 # ---- probabilities --------------------------------------------------------------------------------------------------
 def calibration_bins(rows: list[dict[str, Any]]) -> list[tuple[int, float, float]]:
     """Return (size, mean confidence, accuracy), from 0 to 1, of each of ten equal bins of the answer's probability."""
-    bins: dict[int, list[tuple[float, bool]]] = {}
-    for row in rows:
-        confidence = row["probs"][row["predicted"]]
-        bins.setdefault(min(int(confidence * ECE_BINS), ECE_BINS - 1), []).append(
-            (confidence, row["predicted"] == row["answer"])
-        )
-    return [
-        (len(members), *(sum(column) / len(members) for column in zip(*members, strict=True)))
-        for _, members in sorted(bins.items())
-    ]
+
+    def bin_of(answer: tuple[float, bool]) -> int:
+        return min(int(answer[0] * ECE_BINS), ECE_BINS - 1)
+
+    answers = [(row["probs"][row["predicted"]], row["predicted"] == row["answer"]) for row in rows]
+    bins = [list(members) for _, members in groupby(sorted(answers, key=bin_of), key=bin_of)]
+    return [(len(members), *(sum(column) / len(members) for column in zip(*members, strict=True))) for members in bins]
 
 
 def expected_calibration_error(rows: list[dict[str, Any]]) -> float:
     """Return the ECE in percent: the bins' |confidence - accuracy|, weighted by their size."""
-    return (
-        100
-        * sum(size * abs(confidence - accuracy) for size, confidence, accuracy in calibration_bins(rows))
-        / len(rows)
-    )
+    gaps = (size * abs(confidence - accuracy) for size, confidence, accuracy in calibration_bins(rows))
+    return 100 * sum(gaps) / len(rows)
 
 
 def brier(rows: list[dict[str, Any]]) -> float:

@@ -11,7 +11,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -50,12 +50,9 @@ def bleu_4(pair: Pair) -> float:
     matches = _clipped_matches(predict, label)
     if matches[0] == 0:
         return 0.0
-    log_precisions, zeros = [], 0
-    for n, matched in enumerate(matches, 1):
-        total = max(1, len(predict) - n + 1)
-        if matched == 0:
-            zeros += 1
-        log_precisions.append(0.25 * math.log(matched / total if matched else 1 / (2**zeros * total)))
+    # method 3: the first order without a match counts as half a match, the next as a quarter
+    counts = [matched or 0.5 ** matches[:n].count(0) for n, matched in enumerate(matches, 1)]
+    log_precisions = (0.25 * math.log(matched / max(1, len(predict) - n)) for n, matched in enumerate(counts))
     brevity = 1.0 if len(predict) > len(label) else math.exp(1 - len(label) / len(predict))
     return brevity * math.exp(math.fsum(log_precisions))
 
@@ -116,18 +113,17 @@ def rouge_2(pair: Pair) -> float:
 def rouge_l(pair: Pair) -> float:
     """Return the F of the longest common subsequence of words, from 0 to 1, as rouge-chinese."""
     predict, label = pair.words
-    if not predict or not label:
-        return 0.0
-    common = LCSseq.similarity(predict, label)  # by the words' 64-bit hashes
-    return _f(common / len(predict), common / len(label))
+    return _f(LCSseq.similarity(predict, label), predict, label)  # by the words' 64-bit hashes
 
 
 def _set_f(predict: set, label: set) -> float:
-    common = len(predict & label)
-    return _f(common / len(predict) if predict else 0.0, common / len(label) if label else 0.0)
+    return _f(len(predict & label), predict, label)
 
 
-def _f(precision: float, recall: float) -> float:
+def _f(common: int, predict: Sized, label: Sized) -> float:
+    if not common:
+        return 0.0
+    precision, recall = common / len(predict), common / len(label)
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
 
 

@@ -33,6 +33,7 @@ def spaced_words(text: str) -> str:
 @lru_cache(REMEMBERED)
 def _resegmented(singles: str) -> str:
     characters = singles.replace(" ", "")
+    jieba.dt.check_initialized()  # before, its dictionary is empty, and what is remembered would be wrong
     if jieba.get_FREQ(characters):  # a word that the dictionary knows, and yet less likely than its characters
         return " ".join(characters)
     return " ".join(finalseg.cut(characters))

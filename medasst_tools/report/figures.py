@@ -7,6 +7,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from medasst_tools.evaluation.score import metric_names
@@ -21,10 +22,10 @@ SMOOTHED_LOGS = 5
 Say = Callable[[str, str], str]
 
 
-def draw_all(results: dict[str, dict[str, Any]], titles: dict[str, str], subjects: dict[str, str], folder: Path,
-             lang: str) -> dict[str, Path]:  # fmt: skip
-    """Draw what can be drawn; {name: file}. `titles` names experiments, `subjects` has the exams' Chinese names."""
+def draw_all(results: dict[str, dict[str, Any]], subjects: dict[str, str], folder: Path, lang: str) -> dict[str, Path]:
+    """Draw what can be drawn; {name: file}. `subjects` has the exams' Chinese names."""
     say = _speaker(lang)
+    from matplotlib import pyplot
 
     figures = {
         "figure4": (_scores_by_metric, "scores"),
@@ -36,8 +37,13 @@ def draw_all(results: dict[str, dict[str, Any]], titles: dict[str, str], subject
     for name, (draw, key) in figures.items():
         path = folder / f"{name}.png"
         path.unlink(missing_ok=True)
-        if there := {titles[name]: result[key] for name, result in results.items() if result[key]}:
-            _save(draw(there, say), path)
+        if there := {result["shown"]: result[key] for result in results.values() if result[key]}:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+            axes.spines[["top", "right"]].set_visible(False)
+            draw(axes, there, say)
+            figure.savefig(path, dpi=150, metadata={"Software": None})
+            pyplot.close(figure)
             drawn[name] = path
     return drawn
 
@@ -70,98 +76,74 @@ def chinese_font() -> str | None:
     return next((name for name in CHINESE_FONTS if name in installed), None)
 
 
-def _axes(size: tuple[float, float] = (8, 4.5)):
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure, path: Path) -> None:
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    pyplot.close(figure)
+def _bars(
+    draw: Callable, error: str, models: dict[str, list[tuple[int, float, list[float] | None]]], **look: Any
+) -> list:
+    """Draw (place, mean, interval) rows side by side at each place, a colour a model; return each model's bars."""
+    width, drawn = 0.8 / len(models), []
+    for at, (name, rows) in enumerate(models.items()):
+        places = [place + (at - (len(models) - 1) / 2) * width for place, _, _ in rows]
+        means = [mean for _, mean, _ in rows]
+        # matplotlib's [below, above]; no line where there is no interval
+        ends = [[abs(mean - (bounds or (mean, mean))[side]) for _, mean, bounds in rows] for side in (0, 1)]
+        drawn.append(draw(places, means, width * 0.92, **{error: ends}, color=f"C{at}", label=name, **look))
+    return drawn
 
 
-def _errors(rows: list[tuple[float, list[float] | None]]) -> list[list[float]]:
-    """Return matplotlib's [below, above] of (mean, [low, high]) rows; no line where there is no interval."""
-    return [[abs(mean - interval[side]) if interval else 0.0 for mean, interval in rows] for side in (0, 1)]
-
-
-def _scores_by_metric(scores: dict[str, dict[str, Any]], say: Say):
+def _scores_by_metric(axes, scores: dict[str, dict[str, Any]], say: Say) -> None:
     """The paper's Figure 4: bars grouped by metric, a colour a model."""
-    figure, axes = _axes()
-    metrics, width = metric_names(), 0.8 / len(scores)
-    for place, (name, row) in enumerate(scores.items()):
-        positions = [group + (place - (len(scores) - 1) / 2) * width for group in range(len(metrics))]
-        bars = axes.bar(
-            positions, [row[metric] for metric in metrics], width * 0.92, color=f"C{place}", capsize=3,
-            yerr=_errors([(row[metric], row["ci95"][metric]) for metric in metrics]), label=f"{name} (n={row['n']:,})",
-        )  # fmt: skip
+    metrics = metric_names()
+    models = {
+        f"{name} (n={row['n']:,})": [(at, row[metric], row["ci95"][metric]) for at, metric in enumerate(metrics)]
+        for name, row in scores.items()
+    }
+    for bars in _bars(axes.bar, "yerr", models, capsize=3):
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axes.set_xticks(range(len(metrics)), [metric.upper() for metric in metrics])
     axes.set_ylabel(say("score, percent (lines: 95 % interval)", "得分，百分比（线段：95% 置信区间）"))
     axes.legend(frameon=False)
-    return figure
 
 
-def _exams_by_subject(exams: dict[str, dict[str, Any]], say: Say, subjects: dict[str, str]):
-    """Return accuracy with Wilson's interval per subject, and the line of chance."""
+def _exams_by_subject(axes, exams: dict[str, dict[str, Any]], say: Say, subjects: dict[str, str]) -> None:
+    """Accuracy with Wilson's interval per subject, and the line of chance."""
     names = list(dict.fromkeys(subject for exam in exams.values() for subject in exam["by_subject"]))
-    figure, axes = _axes(size=(8, 1.2 + 0.3 * len(names) * (1 + len(exams)) / 2))
-    width = 0.8 / len(exams)
-    for place, (name, exam) in enumerate(exams.items()):
-        there = [(names.index(subject), row) for subject, row in exam["by_subject"].items()]
-        axes.barh(
-            [at + place * width for at, _ in there], [row["accuracy"] for _, row in there], width * 0.92, capsize=2,
-            xerr=_errors([(row["accuracy"], row["ci95"]) for _, row in there]), color=f"C{place}", label=name,
-        )  # fmt: skip
+    axes.figure.set_size_inches(8, 1.2 + 0.3 * len(names) * (1 + len(exams)) / 2)
+    models = {
+        name: [(names.index(subject), row["accuracy"], row["ci95"]) for subject, row in exam["by_subject"].items()]
+        for name, exam in exams.items()
+    }
+    _bars(axes.barh, "xerr", models, capsize=2)
     axes.axvline(25, color="grey", linestyle=":", label=say("chance", "随机"))
-    axes.set_yticks(
-        [at + 0.4 - width / 2 for at in range(len(names))], [say(name, subjects.get(name, name)) for name in names]
-    )
+    axes.set_yticks(range(len(names)), [say(name, subjects.get(name, name)) for name in names])
     axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel(say("right answers, percent (lines: 95 % interval)", "正确率，百分比（线段：95% 置信区间）"))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    return figure
+    axes.set(
+        xlim=(0, 100),
+        xlabel=say("right answers, percent (lines: 95 % interval)", "正确率，百分比（线段：95% 置信区间）"),
+    )
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
 
 
-def _calibration(exams: dict[str, list[dict[str, Any]]], say: Say):
-    """Return the share of right answers over the model's probability of its answer; the diagonal is calibrated."""
-    figure, axes = _axes(size=(5.5, 4.5))
+def _calibration(axes, exams: dict[str, list[dict[str, Any]]], say: Say) -> None:
+    """The share of right answers over the model's probability of its answer; the diagonal is calibrated."""
+    axes.figure.set_size_inches(5.5, 4.5)
     axes.plot([0, 100], [0, 100], color="grey", linestyle=":", label=say("calibrated", "完全校准"))
     for place, (name, rows) in enumerate(exams.items()):
-        bins = calibration_bins(rows)
-        axes.plot(
-            [100 * confidence for _, confidence, _ in bins], [100 * accuracy for _, _, accuracy in bins], "o-",
-            color=f"C{place}", label=name,
-        )  # fmt: skip
-    axes.set_xlabel(say("probability of the chosen answer, percent", "所选答案的概率，百分比"))
-    axes.set_ylabel(say("right answers, percent", "正确率，百分比"))
-    axes.set(xlim=(20, 100), ylim=(0, 100))
+        points = [(100 * confidence, 100 * accuracy) for _, confidence, accuracy in calibration_bins(rows)]
+        axes.plot(*zip(*points, strict=True), "o-", color=f"C{place}", label=name)
+    axes.set(xlim=(20, 100), xlabel=say("probability of the chosen answer, percent", "所选答案的概率，百分比"))
+    axes.set(ylim=(0, 100), ylabel=say("right answers, percent", "正确率，百分比"))
     axes.legend(frameon=False)
-    return figure
 
 
-def _training_loss(losses: dict[str, list[tuple[int, float]]], say: Say):
-    """Return the logged losses, and their running mean over the last SMOOTHED_LOGS logs."""
-    figure, axes = _axes()
+def _training_loss(axes, losses: dict[str, list[tuple[int, float]]], say: Say) -> None:
+    """The logged losses, and their running mean over the last SMOOTHED_LOGS logs."""
     for place, (name, points) in enumerate(losses.items()):
         steps, values = zip(*points, strict=True)
-        means = [
-            sum(values[max(0, at - SMOOTHED_LOGS + 1) : at + 1]) / min(at + 1, SMOOTHED_LOGS)
-            for at in range(len(values))
-        ]
+        means = [fmean(values[max(0, end - SMOOTHED_LOGS) : end]) for end in range(1, len(values) + 1)]
         axes.plot(steps, values, color=f"C{place}", alpha=0.25)
         axes.plot(steps, means, color=f"C{place}", label=name)
-    axes.set_xlabel(say("step", "训练步"))
-    axes.set_ylabel(say("training loss", "训练损失"))
+    axes.set(xlabel=say("step", "训练步"), ylabel=say("training loss", "训练损失"))
     axes.legend(frameon=False)
-    return figure
 
 
 def read_losses(output_dir: Path) -> list[tuple[int, float]]:

@@ -9,6 +9,7 @@ what no longer belongs to the model, data or answers that are there is "stale", 
 
 import argparse
 import base64
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,7 @@ def run(args: argparse.Namespace) -> None:
     }
     pages = {}
     for lang, file in PAGES.items():
-        titles = {name: result["shown"] for name, result in results.items()}
-        figures = draw_all(results, titles, subjects, RESULTS / "figures" / lang, lang)
+        figures = draw_all(results, subjects, RESULTS / "figures" / lang, lang)
         shown = {name: path.relative_to(RESULTS).as_posix() for name, path in figures.items()}
         pages[lang] = render_markdown(paper, results, comparisons, shown, lang)
         write_text(RESULTS / file, _folded(pages[lang]))
@@ -92,16 +92,15 @@ def made_of(names: list[str]) -> dict[str, Any]:
 def compare_with_bases(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare each tuned experiment with the untuned one of the same base model, where both have run and nothing is stale."""
     comparisons = []
-    for tuned, result in results.items():
-        for base, other in results.items():
-            if result["base"][1] and other["base"] == (result["base"][0], False):
-                stale = [name for name in (tuned, base) if results[name]["stale"]]
-                outcome: dict[str, Any] = {"error": f"{stale[0]}: stale, see above"} if stale else {}
-                try:
-                    outcome = outcome or compare_folders(RESULTS / tuned, RESULTS / base)
-                except UserError as error:
-                    outcome = {"error": str(error)}
-                comparisons.append({"a": result["shown"], "b": other["shown"]} | outcome)
+    for (tuned, result), (base, other) in itertools.permutations(results.items(), 2):
+        if result["base"][1] and other["base"] == (result["base"][0], False):
+            stale = [name for name in (tuned, base) if results[name]["stale"]]
+            outcome: dict[str, Any] = {"error": f"{stale[0]}: stale, see above"} if stale else {}
+            try:
+                outcome = outcome or compare_folders(RESULTS / tuned, RESULTS / base)
+            except UserError as error:
+                outcome = {"error": str(error)}
+            comparisons.append({"a": result["shown"], "b": other["shown"]} | outcome)
     return comparisons
 
 
@@ -136,28 +135,25 @@ def render_markdown(paper, results, comparisons, figures: dict[str, str], lang: 
     environment = template_environment(
         cell=tables.cell, thousands="{:,}".format, brief=provenance.brief, interval=interval
     )
-    exam_columns, dialogue_columns = tables.EXAM_COLUMNS, tables.dialogue_columns()
-    table_2, not_examined = tables.score_rows(paper, results, "exam", exam_columns, lang)
-    table_3, not_scored = tables.score_rows(paper, results, "scores", dialogue_columns, lang)
+    columns = {"exam": tables.EXAM_COLUMNS, "scores": tables.dialogue_columns()}
+    score_tables = {
+        kind: (tables.header(shown, lang), *tables.score_rows(paper, results, kind, shown, lang))
+        for kind, shown in columns.items()
+    }
     return environment.get_template("report.md.j2").render(
         paper=paper,
         lang=lang,
         say=lambda english, chinese: chinese if lang == "zh" else english,
         not_run=tables.NOT_RUN[lang],
         table_1=tables.count_rows(paper, results, lang),
-        exam_header=tables.header(exam_columns, lang),
-        table_2=table_2,
-        not_examined=not_examined,
-        dialogue_header=tables.header(dialogue_columns, lang),
-        table_3=table_3,
-        not_scored=not_scored,
+        score_tables=score_tables,
         results=results,
         comparisons=comparisons,
         verdict=verdict,
         paper_power=paper_power(paper),
         paper_spread=paper_spread(paper),
         primary=PRIMARY,
-        metrics=[key for _, key in dialogue_columns],
+        metrics=[key for _, key in columns["scores"]],
         figures=figures,
         versions=provenance.package_versions(*PACKAGES),
         commit=hardware.commit(),

@@ -1,5 +1,6 @@
 """What the steps left of each experiment, and whether it still belongs together: what is stale is named, never shown as a number."""
 
+import contextlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from medasst_tools import provenance
 from medasst_tools.config import load, read_yaml
 from medasst_tools.errors import UserError
-from medasst_tools.evaluation.compare import check_scores
+from medasst_tools.evaluation.compare import check
 from medasst_tools.evaluation.score import metric_names
 from medasst_tools.files import read_json, read_jsonl
 from medasst_tools.report.figures import read_losses
@@ -18,15 +19,16 @@ SHOWN_ANSWERS = 3  # best, and as many worst
 
 def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dict[str, Any]:
     """Return what the steps wrote in an experiment's folders; a missing file is None or empty, a stale one is in `stale` instead."""
-    found = {kind: read_json(results / f"{kind}.json") for kind in ("scores", "exam", "safety")}
-    stale = dict(why_stale(name, found, results, configs))
-    found |= dict.fromkeys(stale)
-    config = _config(configs / "predict.yaml", "predict")
+    predict, chat = (_config(configs / f"{kind}.yaml") for kind in ("predict", "chat"))
     train = read_yaml(configs / "train.yaml") if (configs / "train.yaml").is_file() else {}
-    data_dir = config.get("dataset_dir")
+    found = {kind: read_json(results / f"{kind}.json") for kind in ("scores", "exam", "safety")}
+    asked = {"scores": predict, "exam": chat, "safety": chat}
+    reasons = {kind: next(why_stale(results, kind, found[kind], asked[kind]), None) for kind in found}
+    stale = {kind: reason for kind, reason in reasons.items() if reason}
+    found |= dict.fromkeys(stale)
+    data_dir = predict.get("dataset_dir")
     run = provenance.read_run(saves)
     scored, examined = ((found[kind] or {}).get("made_of") for kind in ("scores", "exam"))
-    answers = best_and_worst(results, configs / "predict.yaml", found["scores"]) if found["scores"] else {}
     return found | {
         "shown": provenance.shown_name(
             name, configs.parent, train=run and run["made_of"], predict=scored, exam=examined
@@ -35,39 +37,37 @@ def read_experiment(name: str, results: Path, saves: Path, configs: Path) -> dic
         "exam_rows": list(read_jsonl(results / "exam.jsonl")) if found["exam"] else [],
         "run": run,
         "losses": read_losses(saves),
-        "base": (config.get("model_name_or_path"), "adapter_name_or_path" in config),
+        "base": (predict.get("model_name_or_path"), "adapter_name_or_path" in predict),
         "data_dir": data_dir,
         "manifest": (read_json(Path(data_dir) / "manifest.json") or {}).get("datasets") if data_dir else None,
         "audit": read_json(Path(data_dir) / "audit.json") if data_dir else None,
         "datasets": provenance.dataset_names(train["dataset"]) if train.get("dataset") else [],
-        "answers": answers,
+        "answers": best_and_worst(results, predict, found["scores"]) if found["scores"] else {},
     }
 
 
-def _config(path: Path, kind: str) -> dict[str, Any]:
-    return load(path, kind=kind) if path.is_file() else {}
+def _config(path: Path) -> dict[str, Any]:
+    return load(path, kind=path.stem) if path.is_file() else {}
 
 
-def why_stale(
-    name: str, found: dict[str, dict[str, Any] | None], results: Path, configs: Path
-) -> Iterator[tuple[str, str]]:
-    """Yield (result, reason with the command that renews it) for what no longer belongs to the model, data or answers that are here."""
-    now = {kind: identity_here(_config(configs / f"{kind}.yaml", kind)) for kind in ("predict", "chat")}
-    for kind, config, command in (
-        ("scores", "predict", "predict score"),
-        ("exam", "chat", "exam"),
-        ("safety", "chat", "safety"),
-    ):
-        if (result := found[kind]) is None:
-            continue
-        about = result.get("made_of") or {}
-        if about.get("model") and now[config] and about["model"] != now[config]:
-            what = "; ".join(provenance.differences({"model": about["model"]}, {"model": now[config]}))
-            yield kind, f"of another model than is here ({what}): `make {command} EXPERIMENT={name}`"
-        elif kind == "scores" and (reason := _why_scores_are_stale(name, about, results, configs)):
-            yield kind, reason
-        elif changed := list(provenance.changed_outputs(results / f"{kind}.json", result)):
-            yield kind, f"{changed[0]} was changed since: `make {command.split()[-1]} EXPERIMENT={name}`"
+def why_stale(results: Path, kind: str, found: dict[str, Any] | None, config: dict[str, Any]) -> Iterator[str]:
+    """Yield why a result no longer belongs to the model, data or answers that are here, with the command that renews it."""
+    if found is None:
+        return
+    about, here = found.get("made_of") or {}, identity_here(config)
+    again = f"`make {'predict score' if kind == 'scores' else kind} EXPERIMENT={results.name}`"
+    if about.get("model") and here and about["model"] != here:
+        what = "; ".join(provenance.differences({"model": about["model"]}, {"model": here}))
+        yield f"of another model than is here ({what}): {again}"
+    try:
+        check(results, kind)
+    except UserError as error:
+        yield str(error)
+    if kind == "scores" and config and about.get("model"):  # of which data llamafactory-cli predicted nobody knows
+        with contextlib.suppress(UserError):  # the data isn't on this machine
+            for name, sha256 in provenance.data_hashes(config, "eval_dataset").items():
+                if about["files"].get(name, sha256) != sha256:
+                    yield f"the test set {name} was converted anew since: {again}"
 
 
 def identity_here(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -78,41 +78,20 @@ def identity_here(config: dict[str, Any]) -> dict[str, Any] | None:
     return provenance.model_identity(config) if folder.is_dir() else None
 
 
-def _why_scores_are_stale(name: str, about: dict[str, Any], results: Path, configs: Path) -> str | None:
-    try:
-        check_scores(results)
-    except UserError as error:
-        return str(error)
-    if not about.get("model"):
-        return None  # predicted by llamafactory-cli: nobody knows of which data
-    config = _config(configs / "predict.yaml", "predict")
-    try:
-        here = provenance.data_hashes(config, "eval_dataset") if config else {}
-    except UserError:
-        return None  # the data isn't on this machine
-    others = [dataset for dataset in here if about["files"].get(dataset, here[dataset]) != here[dataset]]
-    return (
-        f"the test set {others[0]} was converted anew since: `make predict score EXPERIMENT={name}`"
-        if others
-        else None
-    )
-
-
-def best_and_worst(results: Path, predict_config: Path, scores: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def best_and_worst(results: Path, config: dict[str, Any], scores: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Return {"best": ..., "worst": ...}: the records with the highest and lowest mean of the metrics, no record in both."""
     rows, names = read_jsonl(results / "per_record.jsonl"), metric_names()
     means = sorted((sum(row[name] for name in names) / len(names), -at) for at, row in enumerate(rows))
     each = min(SHOWN_ANSWERS, len(means) // 2)
     places = {"best": means[::-1][: each or len(means)], "worst": means[:each]}
     wanted = {-at: mean for chosen in places.values() for mean, at in chosen}
-    predictions = read_jsonl(results / "generated_predictions.jsonl") if wanted else []
     records = {
         at: row | {"mean": wanted[at], "question": row["prompt"], "history": []}
-        for at, row in enumerate(predictions)
+        for at, row in enumerate(read_jsonl(results / "generated_predictions.jsonl"))
         if at in wanted
     }
     sizes = {name: row["n"] for name, row in scores.get("by_dataset", {}).items()}
-    for at, question in _questions(_config(predict_config, "predict"), set(wanted), sizes).items():
+    for at, question in _questions(config, set(wanted), sizes).items():
         records[at] |= question
     return {kind: [records[-at] for _, at in chosen if -at in records] for kind, chosen in places.items()}
 

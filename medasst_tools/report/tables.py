@@ -36,12 +36,9 @@ def count_rows(paper: dict[str, Any], results: dict[str, dict[str, Any]], lang: 
     for folder in dict.fromkeys(result["data_dir"] for result in results.values() if result["data_dir"]):
         here = [result for result in results.values() if result["data_dir"] == folder]
         manifest = here[0]["manifest"] or {}
-        own = [
-            name
-            for name in dict.fromkeys(n for result in here for n in result["datasets"])
-            if name not in of_paper and name in manifest
-        ]
-        rows = [*sources, *((name, None, [name]) for name in own)]
+        trained_on = dict.fromkeys(name for result in here for name in result["datasets"])
+        own = [(name, None, [name]) for name in trained_on if name not in of_paper and name in manifest]
+        rows = [*sources, *own]
         summed = (total, sum(row[1] for row in sources), [name for row in rows for name in row[2]])
         tables[folder] = [_count_row(*row, manifest, folder != "data/demo", lang) for row in [*rows, summed, tests]]
     return tables or {NOT_RUN[lang]: [_count_row(*row, {}, True, lang) for row in [*sources, tests]]}
@@ -67,23 +64,19 @@ def score_rows(
     kind: "exam" or "scores".
     """
     by, of_ours = {"en": ("paper", "ours"), "zh": ("论文", "我们")}[lang]
-    rows, shown, not_run = [], set(), []
-    for model, numbers in paper["models"].items():
-        experiment = numbers["experiment"]
-        shown.add(experiment)
-        rows.append([f"{model}, {by}", "", *(f"{numbers[key]:.2f}" if key in numbers else "" for _, key in columns)])
+    published = {numbers["experiment"]: (model, numbers) for model, numbers in paper["models"].items()}
+    rows, not_run = [], []
+    for experiment in dict.fromkeys([*published, *results]):
+        model, numbers = published.get(experiment, ("", {}))
+        if model:
+            cells = [f"{numbers[key]:.2f}" if key in numbers else "" for _, key in columns]
+            rows.append([f"{model}, {by}", "", *cells])
         result = results.get(experiment)
-        if result is None or not (result[kind] or kind in result["stale"]):
-            not_run.append(f"{model} (`{experiment}`)")
+        if result and (result[kind] or kind in result["stale"]):
+            title = f"{model}, {of_ours} (`{result['shown']}`)" if model else f"`{result['shown']}`"
+            rows.append(_our_row(title, result, kind, columns, numbers, lang))
         else:
-            rows.append(_our_row(f"{model}, {of_ours} (`{result['shown']}`)", result, kind, columns, numbers, lang))
-    for name, result in results.items():
-        if name in shown:
-            continue
-        if result[kind] or kind in result["stale"]:
-            rows.append(_our_row(f"`{result['shown']}`", result, kind, columns, {}, lang))
-        else:
-            not_run.append(f"`{name}`")
+            not_run.append(f"{model} (`{experiment}`)" if model else f"`{experiment}`")
     return rows, not_run
 
 
