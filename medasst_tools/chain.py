@@ -23,7 +23,7 @@ from medasst_tools.config import read_yaml
 
 FORK = multiprocessing.get_context("fork")
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
-PRELOADED: list = []  # the module below, in this process and in those forked from it
+PRELOADED: list = []  # the module below, once it is imported for this process and those forked from it
 HEAVY = "llamafactory.train.tuner"  # what `llamafactory-cli train` imports, and prediction and exams need
 # {verb: what it leaves when it is done}, of those that need it
 RECORDS: dict[str, Callable[[argparse.Namespace], Path]] = {
@@ -64,7 +64,7 @@ def run_forked(args: argparse.Namespace, run_verb: Callable[[argparse.Namespace]
         child.join()
         raise
     status = child.exitcode or 0
-    return status if status >= 0 else 128 - status
+    return status if status >= 0 else 128 - status  # ended by a signal
 
 
 def aside(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -73,7 +73,7 @@ def aside(function: Callable[..., Any], *arguments: Any) -> Any:
     It runs in a fork of its own: a process in which torch's threads have worked can't be forked any more, because
     OpenMP (GNU's) waits in its child for threads that aren't there.
     """
-    if not preloaded():
+    if not PRELOADED:
         return function(*arguments)
     with ProcessPoolExecutor(1, mp_context=FORK) as pool:
         return pool.submit(function, *arguments).result()
@@ -93,8 +93,3 @@ def preload() -> None:
     with console.logged(Path(os.devnull)):
         PRELOADED.append(importlib.import_module(HEAVY))
     gc.freeze()  # a million objects that stay: no fork looks through them, or copies their pages, again and again
-
-
-def preloaded() -> bool:
-    """Say whether a forked process has LLaMA-Factory already."""
-    return bool(PRELOADED)

@@ -238,9 +238,8 @@ def show_plan(name: str, names: list[str], exams: dict[str, bool]) -> None:
     """Say what will be done, how long it takes, and where the logs are."""
     listed = " ".join(names)
     print(said(f"make eval: data, then training, predictions, exams and scores of {listed}, then the report."))
-    minutes = 13 if is_preference(name) else 5
     if name.startswith("demo"):
-        print(said(f"About {minutes} minutes on two cores."))
+        print(said(f"About {13 if is_preference(name) else 5} minutes on two cores."))
     else:
         print(said(f"How long: make doctor EXPERIMENT={name}."))
     print(said("Logs: saves/*/train.log and results/*/*.log; V=1 shows them as they come."), flush=True)
