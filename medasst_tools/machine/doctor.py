@@ -163,9 +163,7 @@ def raw_files_are_there(names: list[str]) -> bool:
     """Say whether the raw file of each of these datasets was downloaded, so that they only wait for the conversion."""
     known = load_datasets()
     return all(
-        any((RAW_DIR / known[name].corpus.name / file).exists() for file in known[name].files)
-        if name in known
-        else False
+        name in known and any((RAW_DIR / known[name].corpus.name / file).exists() for file in known[name].files)
         for name in names
     )
 

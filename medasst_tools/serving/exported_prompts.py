@@ -6,7 +6,6 @@ LLaMA-Factory trains on; the Modelfile is written from the same template (the te
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,23 +90,19 @@ def chat_template_difference(tokenizer, chat_template: str | None, wanted: dict[
 
 
 def served_template(tokenizer, template, wanted: dict[str | None, list[int]]):
-    """Return LLaMA-Factory's template so that its prompt, encoded at once, gives the training's token ids; CheckFailed if none."""
-    for candidate in candidates(template):
+    """Return LLaMA-Factory's template so that its prompt, encoded at once, gives the training's token ids; CheckFailed if none.
+
+    It is as it is, or has a space before an answer. LLaMA-Factory encodes each turn apart, and SentencePiece (Mistral's)
+    puts a space before each text. A server encodes all at once: it has that space after a special token only, where
+    questions begin.
+    """
+    answer = template.format_assistant
+    spaced = dataclasses.replace(template, format_assistant=dataclasses.replace(answer, slots=[" ", *answer.slots]))
+    for candidate in (template, spaced):
         difference = chat_template_difference(tokenizer, chat_template_of(candidate, tokenizer), wanted)
         if difference is None:
             return candidate
     raise CheckFailed(f"no chat template gives the prompt of the training ({difference}); not exported")
-
-
-def candidates(template) -> Iterator[Any]:
-    """Yield LLaMA-Factory's template, and it with a space before an answer.
-
-    LLaMA-Factory encodes each turn apart, and SentencePiece (Mistral's) puts a space before each text. A server encodes all
-    at once: it has that space after a special token only, where questions begin.
-    """
-    yield template
-    assistant = template.format_assistant
-    yield dataclasses.replace(template, format_assistant=dataclasses.replace(assistant, slots=[" ", *assistant.slots]))
 
 
 def chat_template_of(template, tokenizer) -> str:

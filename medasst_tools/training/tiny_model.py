@@ -8,7 +8,6 @@ words, and neither dialogue nor what belongs together. Nothing that it says is m
 """
 
 import argparse
-import json
 import os
 import random
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from medasst_tools import provenance
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
-from medasst_tools.files import locked, open_permissions, read_jsonl, sha256_of, write_json
+from medasst_tools.files import locked, open_permissions, read_jsonl, sha256_of, write_json, write_jsonl
 
 # Qwen2's own special tokens; LLaMA-Factory's `qwen` template writes the two chat marks and pads with the first.
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -151,8 +150,7 @@ def _write_text_dataset(documents: list[str], folder: Path, seed: int) -> None:
     """
     sentences = [sentence.strip() for document in documents for sentence in re.split(r"(?<=[。？！\n])", document)]
     random.Random(seed).shuffle(sentences)
-    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in sentences if text)
+    write_jsonl(folder / "text.jsonl", ({"text": text} for text in sentences if text))
     write_json(
         folder / "dataset_info.json", {TEXT_DATASET: {"file_name": "text.jsonl", "columns": {"prompt": "text"}}}
     )

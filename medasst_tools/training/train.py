@@ -35,8 +35,7 @@ LOOK_EVERY = 1.0  # seconds between looks at the log, for a loss that is no numb
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("config", type=Path, help="factory_configs/<experiment>/train.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for llamafactory-cli, over the file's")
+    preflight.add_config_arguments(parser, "train")
     smoke = "leave a finished training as it is if only max_samples differs: a smoke test of what comes after"
     for option, text in (
         ("--restart", "move what is there to saves/previous/ and train anew"),
@@ -44,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--more-samples-will-do", smoke),
     ):
         parser.add_argument(option, action="store_true", help=text)
-    preflight.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
