@@ -11,6 +11,7 @@ training that is there, finished or begun, is never restarted, moved or deleted 
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -135,7 +136,7 @@ def train(config: dict[str, Any], launch: Launch, about: dict[str, Any], lock: i
     output_dir = Path(config["output_dir"])
     # of several machines with a folder each, none holds the random states of all processes
     processes = None if config.get("save_on_each_node") else launch.processes
-    step = agree_on_step(launch, lambda: chain.aside(checkpoints.whole_steps, output_dir, processes))
+    step = agree_on_step(launch, lambda: checkpoints.whole_steps(output_dir, processes))
     note = begin(output_dir, about, step, launch.processes)
     last = output_dir / f"checkpoint-{step}"
     if step is not None and checkpoints.is_last_step(last):
@@ -273,9 +274,9 @@ def _wait(child: psutil.Process, output_dir: Path) -> int:
             if rows:
                 bar.total = rows[-1].get("total_steps")
                 bar.update(rows[-1]["current_steps"] - bar.n)
-            if (step := checkpoints.first_without_number(rows)) is not None:
+            if wrong := [row["current_steps"] for row in rows if not math.isfinite(row.get("loss", 0.0))]:
                 raise CheckFailed(
-                    f"{output_dir}: the loss at step {step} is NaN or infinite, and the training was stopped. Look for a base "
+                    f"{output_dir}: the loss at step {wrong[0]} is NaN or infinite, and the training was stopped. Look for a base "
                     "with NaN, a learning_rate that is too high, or broken records; then train anew with --restart"
                 )
     return status
