@@ -120,22 +120,13 @@ def build_tiny_model(
 
 def train_tokenizer(documents: list[str], vocab_size: int):
     """Return a byte-level BPE tokenizer (transformers' PreTrainedTokenizerFast) trained on `documents`, with no unknown byte."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()  # as Qwen2's
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(documents, trainer)
+    bpe = ByteLevelBPETokenizer(unicode_normalizer="nfc")  # as Qwen2's
+    bpe.train_from_iterator(documents, vocab_size, min_frequency=0, show_progress=False, special_tokens=SPECIAL_TOKENS)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()),
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
