@@ -10,7 +10,6 @@ import functools
 import os
 import shlex
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +103,10 @@ def base(name: str) -> str:
     return path.name if path.parent == Path("saves") else ""
 
 
-def lineage(name: str) -> list[str]:
-    """Return what the experiment's model is made of in saves/, oldest first, its own last."""
-    if name in MADE:
-        return [name]
-    known = [*MADE, *experiments()["experiments"]]
-    direct = [other for other in known if other in (base(name), experiment(name).get("after"))]
-    return list(dict.fromkeys([*(part for other in direct for part in lineage(other)), name]))
+def stands_on(name: str) -> list[str]:
+    """Return what the experiment's model is made of in saves/: its base, and what it goes on from."""
+    parts = (base(name), experiment(name).get("after"))
+    return [other for other in (*MADE, *experiments()["experiments"]) if other in parts]
 
 
 def is_trained(name: str) -> bool:
@@ -153,13 +149,13 @@ def train(name: str, *flags: str) -> Verbs:
 
 def below(name: str, *flags: str) -> Verbs:
     """Make or train what the experiment's model stands on, oldest first."""
-    steps = pairwise(lineage(name))
-    return [verb for part, above in steps for verb in (made(part, above) if part in MADE else training(part, *flags))]
+    below_it = (made(name) if part in MADE else train(part, *flags) for part in stands_on(name))
+    return [verb for verbs in below_it for verb in verbs]
 
 
-def made(part: str, above: str) -> Verbs:
-    """Make what no experiment trains, for the experiment above it, of that one's data."""
-    return [*data(above), MADE[part](data_dir(above))]
+def made(name: str) -> Verbs:
+    """Make the experiment's base, which no experiment trains, of the experiment's data."""
+    return [*data(name), MADE[base(name)](data_dir(name))]
 
 
 def training(name: str, *flags: str) -> Verbs:
@@ -177,7 +173,7 @@ def model(name: str) -> Verbs:
         return below(name)
     if not brought and not (folder / "run.json").is_file():
         return train(name)
-    return made(base(name), name) if base(name) in MADE and not Path("saves", base(name)).is_dir() else []
+    return made(name) if base(name) in MADE and not Path("saves", base(name)).is_dir() else []
 
 
 def answers(name: str) -> Verbs:
@@ -229,7 +225,7 @@ def evaluate(name: str) -> Verbs:
         verbs += [*(questions(one) if exams[one] else []), *score(one)]
         verbs += safety_questions(one) if is_preference(name) else []
         # released weights: what others would load belongs to it
-        verbs += export(one) if "smollm2_135m" in lineage(one) and is_trained(one) else []
+        verbs += export(one) if base(one) == "smollm2_135m" and is_trained(one) else []
     verbs += [["report"]]
     return verbs + ([["compare", *(f"results/{one}" for one in names)]] if is_preference(name) else [])
 
