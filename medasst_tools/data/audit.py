@@ -45,7 +45,6 @@ from medasst_tools.files import atomic_writer, read_json, write_json
 CHUNK_BYTES = 1 << 23
 PARTS = ("question", "answer", "history")
 QUANTILES = (0.5, 0.9, 0.99)
-TOKEN_SAMPLE = 10_000
 IDENTITIES = ("records", "records_normalised", "questions", "questions_normalised")
 
 
@@ -70,10 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose cutoff_len, template and default_system the tokens are counted with (factory_configs/medasst/train.yaml)",
     )
     parser.add_argument(
-        "--token-sample",
-        type=int,
-        default=TOKEN_SAMPLE,
-        help=f"records of a dataset to count; 0: all ({TOKEN_SAMPLE})",
+        "--token-sample", type=int, default=10_000, help="records of a dataset to count; 0: all (10000)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
 

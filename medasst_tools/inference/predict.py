@@ -226,28 +226,24 @@ def keeping_trainer(theirs: Any, share: Share) -> type:
             lengths = {at: len(ids) for at, ids in enumerate(records["input_ids"]) if keys[at] not in share.answers}
             if lengths and len(lengths) < len(keys):
                 print(f"going on: {len(keys) - len(lengths)} of {len(keys)} answers are there", file=share.terminal)
-            with share.answers:
-                for batch, rows in self._answered(records, share.batches(lengths, self.args.n_gpu > 0), kwargs):
-                    for at, row in zip(batch, rows, strict=True):
-                        share.answers.keep(keys[at], row)
-            share.rows = [share.answers[key] for key in keys if key in share.answers]
-            return PredictionOutput(None, None, {"predict_samples": len(keys)})
-
-        def _answered(self, records, batches: list[list[int]], kwargs: dict[str, Any]):
-            with console.bar(share.terminal, total=sum(map(len, batches)), desc="predict", unit="answer") as bar:
+            batches = share.batches(lengths, self.args.n_gpu > 0)
+            bar = console.bar(share.terminal, total=sum(map(len, batches)), desc="predict", unit="answer")
+            with share.answers, bar:
                 while batches:
-                    batch, *batches = batches
+                    batch = batches[0]
                     try:
                         rows = self._rows(records.select(batch), kwargs)
                     except (RuntimeError, MemoryError) as error:
-                        batches = halved(error, [batch, *batches])
-                        print(
-                            f"out of memory with {len(batch)} records: going on with {len(batches[0])}",
-                            file=share.terminal,
-                        )
+                        batches = halved(error, batches)
+                        less = f"going on with {len(batches[0])}"
+                        print(f"out of memory with {len(batch)} records: {less}", file=share.terminal)
                         continue
-                    yield batch, rows
+                    for at, row in zip(batch, rows, strict=True):
+                        share.answers.keep(keys[at], row)
                     bar.update(len(batch))
+                    batches = batches[1:]
+            share.rows = [share.answers[key] for key in keys if key in share.answers]
+            return PredictionOutput(None, None, {"predict_samples": len(keys)})
 
         def _rows(self, chosen, kwargs: dict[str, Any]) -> list[dict[str, str]]:
             self.args.per_device_eval_batch_size = len(chosen)

@@ -18,17 +18,12 @@ from medasst_tools.errors import UserError
 from medasst_tools.machine import preflight
 from medasst_tools.serving import address
 
-QUEUE = 64
-TIME_LIMIT = 300.0
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     preflight.add_config_arguments(parser, "chat")
-    parser.add_argument("--queue", type=int, default=QUEUE, help=f"requests that may wait ({QUEUE}); more get a 429")
-    parser.add_argument(
-        "--time-limit", type=float, default=TIME_LIMIT, help=f"seconds for one answer's generation ({TIME_LIMIT:g})"
-    )
+    parser.add_argument("--queue", type=int, default=64, help="requests that may wait (64); more get a 429")
+    parser.add_argument("--time-limit", type=float, default=300.0, help="seconds for one answer's generation (300)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -45,20 +45,13 @@ def correct_prompts(folder: Path, chat: dict[str, Any]) -> list[str]:
     # llama3's template adds Llama 3.1's <|eom_id|> to the tokenizer: Llama 3 has no embedding for it
     known = released.get_vocab().values()
     stops = sorted(token for token in template.get_stop_token_ids(tokenizer) if token in known)
-    if line := _stop_at(folder / "generation_config.json", stops):
-        corrections.append(line)
+    generation = read_json(folder / "generation_config.json") or {}
+    before = generation.get("eos_token_id")
+    if set(stops) - set(before if isinstance(before, list) else [before]):
+        corrections.append(f"generation_config.json: eos_token_id {before} -> {stops}")
+        write_json(folder / "generation_config.json", generation | {"eos_token_id": stops})
     (folder / "Modelfile").write_text(write_modelfile(released, served, stops), encoding="utf-8")
     return corrections
-
-
-def _stop_at(path: Path, stops: list[int]) -> str | None:
-    """Let generation_config.json end an answer where the training's answers end; return what was wrong, None if nothing."""
-    config = read_json(path) or {}
-    before = config.get("eos_token_id")
-    if set(before if isinstance(before, list) else [before]) >= set(stops):
-        return None
-    write_json(path, config | {"eos_token_id": stops})
-    return f"generation_config.json: eos_token_id {before} -> {stops}"
 
 
 # ---- the chat template ----------------------------------------------------------------------------------------------
