@@ -2,7 +2,8 @@
 
 Each runs in a forked process of its own, which leaves nothing behind. What they all import, torch and LLaMA-Factory, takes
 longer than the demo's exams; so without a GPU it is imported once, before they are forked. With one it isn't: importing
-LLaMA-Factory touches the GPU, which a fork doesn't survive, and beside hours of work it is no matter.
+LLaMA-Factory touches the GPU, which a fork doesn't survive, and beside hours of work it is no matter. Nor can a process be
+forked in which several of torch's threads have worked: OpenMP (GNU's) waits in its child for those that aren't there.
 """
 
 import argparse
@@ -14,16 +15,14 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from medasst_tools import console
 from medasst_tools.config import read_yaml
 
 FORK = multiprocessing.get_context("fork")
 TERMINATED, INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
-PRELOADED: list = []  # the module below, in this process and in those forked from it
+PRELOADED: list = []  # the module below, once it is imported for this process and those forked from it
 HEAVY = "llamafactory.train.tuner"  # what `llamafactory-cli train` imports, and prediction and exams need
 # {verb: what it leaves when it is done}, of those that need it
 RECORDS: dict[str, Callable[[argparse.Namespace], Path]] = {
@@ -64,19 +63,7 @@ def run_forked(args: argparse.Namespace, run_verb: Callable[[argparse.Namespace]
         child.join()
         raise
     status = child.exitcode or 0
-    return status if status >= 0 else 128 - status
-
-
-def aside(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns that lets torch compute, before this process is forked.
-
-    It runs in a fork of its own: a process in which torch's threads have worked can't be forked any more, because
-    OpenMP (GNU's) waits in its child for threads that aren't there.
-    """
-    if not preloaded():
-        return function(*arguments)
-    with ProcessPoolExecutor(1, mp_context=FORK) as pool:
-        return pool.submit(function, *arguments).result()
+    return status if status >= 0 else 128 - status  # ended by a signal
 
 
 def is_to_do(args: argparse.Namespace) -> bool:
@@ -93,8 +80,3 @@ def preload() -> None:
     with console.logged(Path(os.devnull)):
         PRELOADED.append(importlib.import_module(HEAVY))
     gc.freeze()  # a million objects that stay: no fork looks through them, or copies their pages, again and again
-
-
-def preloaded() -> bool:
-    """Say whether a forked process has LLaMA-Factory already."""
-    return bool(PRELOADED)

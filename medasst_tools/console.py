@@ -25,23 +25,21 @@ def verbose() -> bool:
 def logged(log: Path) -> Iterator[TextIO]:
     """Send stdout and stderr to `log`, also those of libraries in C, and yield the terminal; an unforeseen error becomes
     CheckFailed with the log's last lines and its path."""
-    if verbose():
-        yield sys.stderr
-        return
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file, contextlib.ExitStack() as restore:
+    with log_of_child(log) as file, contextlib.ExitStack() as restore:
+        if file is None:
+            yield sys.stderr
+            return
         terminal = restore.enter_context(os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8"))
         for number, stream in ((1, sys.stdout), (2, sys.stderr)):
             stream.flush()
             restore.callback(_restore, os.dup(number), number, stream)
-            os.dup2(file.fileno(), number)
+            os.dup2(file, number)
         try:
             yield terminal
         except (UserError, CheckFailed):
             raise
         except Exception as error:
-            file.write(traceback.format_exc().encode())
-            file.flush()
+            os.write(file, traceback.format_exc().encode())
             raise CheckFailed(
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; {end_of(log)}"
             ) from error

@@ -55,7 +55,11 @@ def run(args: argparse.Namespace) -> None:
     """Render every experiment, or check that every rendered file is what it should be."""
     rendered = render_all(args.configs_dir / "experiments.yaml")
     present = {path.relative_to(args.configs_dir) for path in args.configs_dir.glob("*/*.yaml")}
-    stale = [path for path, text in rendered.items() if _read(args.configs_dir / path) != text]
+    stale = [
+        path
+        for path, text in rendered.items()
+        if path not in present or (args.configs_dir / path).read_text(encoding="utf-8") != text
+    ]
     orphans = sorted(present - rendered.keys())
     if args.check:
         if stale or orphans:
@@ -69,10 +73,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(rendered)} configs, {len(stale)} {'stale' if args.check else 'written'}")
 
 
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
 def render_all(experiments_yaml: Path) -> dict[Path, str]:
     """Return {relative path: text} of every config of every experiment. All problems are reported at once."""
     source = load_experiments(experiments_yaml)
@@ -81,19 +81,14 @@ def render_all(experiments_yaml: Path) -> dict[Path, str]:
         try:
             experiment = resolve(source, name)
             texts = dict(render_experiment(name, experiment))
-            problems += [f"{name}: {problem}" for problem in dict.fromkeys(faults_of(texts))]
+            faults = [fault for text in texts.values() for fault in configs.faults(configs.parse_yaml(text))]
+            problems += [f"{name}: {fault}" for fault in dict.fromkeys(faults)]
             rendered |= {Path(name, f"{kind}.yaml"): text for kind, text in texts.items()}
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError(f"{experiments_yaml}: " + "; ".join(problems))
     return rendered
-
-
-def faults_of(texts: dict[str, str]) -> Iterator[str]:
-    """Yield what LLaMA-Factory wouldn't take of rendered configs, and warn of a template that isn't the base's family's."""
-    for text in texts.values():
-        yield from configs.faults(configs.parse_yaml(text))
 
 
 def load_experiments(path: Path) -> dict[str, Any]:
@@ -192,10 +187,9 @@ def settings_lines(section: dict[str, Any], indent: str = "") -> str:
 
 
 def _scalar(value: Any) -> str:
-    # YAML 1.1 reads 1e-4 as text and OmegaConf reads ${...}: JSON's quoting and a mantissa with a dot are safe in both
+    # YAML 1.1 reads 1e-4 as text: PyYAML's floats have a dot; JSON's quoting of a text is safe in it and in OmegaConf
     if isinstance(value, float):
-        mantissa, _, exponent = repr(value).partition("e")
-        return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{exponent}" if exponent else mantissa
+        return yaml.safe_dump(value).splitlines()[0]
     if isinstance(value, str) and re.fullmatch(r"[\w./,-]+", value, re.ASCII) and yaml.safe_load(value) == value:
         return value
     return json.dumps(value, ensure_ascii=False)

@@ -10,7 +10,6 @@ import functools
 import os
 import shlex
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +108,10 @@ def base(name: str) -> str:
     return path.name if path.parent == Path("saves") else ""
 
 
-def lineage(name: str) -> list[str]:
-    """Return what the experiment's model is made of in saves/, oldest first, its own last."""
-    if name in MADE:
-        return [name]
-    known = [*MADE, *experiments()["experiments"]]
-    direct = [other for other in known if other in (base(name), experiment(name).get("after"))]
-    return list(dict.fromkeys([*(part for other in direct for part in lineage(other)), name]))
+def stands_on(name: str) -> list[str]:
+    """Return what the experiment's model is made of in saves/: its base, and what it goes on from."""
+    parts = (base(name), experiment(name).get("after"))
+    return [other for other in (*MADE, *experiments()["experiments"]) if other in parts]
 
 
 def is_trained(name: str) -> bool:
@@ -161,13 +157,13 @@ def train(name: str, *flags: str) -> Verbs:
 
 def below(name: str, *flags: str) -> Verbs:
     """Make or train what the experiment's model stands on, oldest first."""
-    steps = pairwise(lineage(name))
-    return [verb for part, above in steps for verb in (made(part, above) if part in MADE else training(part, *flags))]
+    below_it = (made(name) if part in MADE else train(part, *flags) for part in stands_on(name))
+    return [verb for verbs in below_it for verb in verbs]
 
 
-def made(part: str, above: str) -> Verbs:
-    """Make what no experiment trains, for the experiment above it, of that one's data."""
-    return [*data(above), MADE[part](data_dir(above))]
+def made(name: str) -> Verbs:
+    """Make the experiment's base, which no experiment trains, of the experiment's data."""
+    return [*data(name), MADE[base(name)](data_dir(name))]
 
 
 def training(name: str, *flags: str) -> Verbs:
@@ -185,7 +181,7 @@ def model(name: str) -> Verbs:
         return below(name)
     if not brought and not (folder / "run.json").is_file():
         return train(name)
-    return made(base(name), name) if base(name) in MADE and not Path("saves", base(name)).is_dir() else []
+    return made(name) if base(name) in MADE and not Path("saves", base(name)).is_dir() else []
 
 
 def answers(name: str) -> Verbs:
@@ -237,7 +233,7 @@ def evaluate(name: str) -> Verbs:
         verbs += [*(questions(one) if exams[one] else []), *score(one)]
         verbs += safety_questions(one) if is_preference(name) else []
         # released weights: what others would load belongs to it
-        verbs += export(one) if "smollm2_135m" in lineage(one) and is_trained(one) else []
+        verbs += export(one) if base(one) == "smollm2_135m" and is_trained(one) else []
     verbs += [["report"]]
     return verbs + ([["compare", *(f"results/{one}" for one in names)]] if is_preference(name) else [])
 
@@ -246,9 +242,8 @@ def show_plan(name: str, names: list[str], exams: dict[str, bool]) -> None:
     """Say what will be done, how long it takes, and where the logs are."""
     listed = " ".join(names)
     print(said(f"make eval: data, then training, predictions, exams and scores of {listed}, then the report."))
-    minutes = 13 if is_preference(name) else 5
     if name.startswith("demo"):
-        print(said(f"About {minutes} minutes on two cores."))
+        print(said(f"About {13 if is_preference(name) else 5} minutes on two cores."))
     else:
         print(said(f"How long: make doctor EXPERIMENT={name}."))
     print(said("Logs: saves/*/train.log and results/*/*.log; V=1 shows them as they come."), flush=True)

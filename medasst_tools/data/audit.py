@@ -8,11 +8,13 @@ prints a summary. It changes no data; `medasst convert --drop-overlap --drop-dup
 
 import argparse
 import contextlib
+import itertools
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,15 +45,13 @@ from medasst_tools.files import atomic_writer, read_json, write_json
 CHUNK_BYTES = 1 << 23
 PARTS = ("question", "answer", "history")
 QUANTILES = (0.5, 0.9, 0.99)
-TOKEN_SAMPLE = 10_000
 IDENTITIES = ("records", "records_normalised", "questions", "questions_normalised")
 
 
 class ChunkResult(NamedTuple):
-    """What a piece of a dataset holds: four arrays of keys, three of lengths (characters), counts, overlaps."""
+    """What a piece of a dataset holds: a key of each identity and the parts' lengths (characters), counts, overlaps."""
 
-    keys: dict[str, array]
-    lengths: dict[str, array]
+    columns: dict[str, array]
     personal_matches: Counter
     personal_records: Counter
     overlaps: list[tuple[int, list[Match]]]  # (record in the chunk, matches)
@@ -69,18 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose cutoff_len, template and default_system the tokens are counted with (factory_configs/medasst/train.yaml)",
     )
     parser.add_argument(
-        "--token-sample",
-        type=int,
-        default=TOKEN_SAMPLE,
-        help=f"records of a dataset to count; 0: all ({TOKEN_SAMPLE})",
+        "--token-sample", type=int, default=10_000, help="records of a dataset to count; 0: all (10000)"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Audit the folder and write the findings."""
-    if args.workers < 1 or args.token_sample < 0:
-        raise UserError(f"--workers is {args.workers} and --token-sample {args.token_sample}; at least 1 and 0")
+    if args.token_sample < 0:
+        raise UserError(f"--token-sample is {args.token_sample}, must be 0 or more")
     args.tokenizer = args.tokenizer or model_here(args.config)
     with tempfile.TemporaryDirectory() as work:
         files = read_folder(args.data_dir, Path(work))
@@ -144,9 +141,7 @@ def read_folder(data_dir: Path, work: Path) -> dict[str, Path]:
 
     A converted folder's files are that already; of a folder of the user's own the datasets are written so into `work`.
     """
-    info = read_json(data_dir / "dataset_info.json")
-    if info is None:
-        raise UserError(f"no {data_dir}/dataset_info.json; `medasst convert --out-dir {data_dir}` writes it")
+    info = read_json(data_dir / "dataset_info.json") or {}
     manifest = read_json(data_dir / "manifest.json")
     files = provenance.dataset_files(data_dir, list(info))
     for name, path in files.items():
@@ -192,24 +187,20 @@ def audit_dataset(path: Path, index: QuestionIndex | None, workers: int) -> tupl
     """Return (findings, unique keys by identity, (line, match) of each training record that is a test question)."""
     import numpy as np
 
-    keys: dict[str, list] = {identity: [] for identity in IDENTITIES}
-    lengths: dict[str, list] = {part: [] for part in PARTS}
+    columns = {name: [np.empty(0, "Q")] for name in (*IDENTITIES, *PARTS)}
     matches, records, overlaps, count = Counter(), Counter(), [], 0
     for result in _chunk_results(path, index, workers):
-        for collected, new in ((keys, result.keys), (lengths, result.lengths)):
-            for name, values in new.items():
-                collected[name].append(np.frombuffer(values, dtype=values.typecode))
+        for name, values in result.columns.items():
+            columns[name].append(np.frombuffer(values, "Q"))
         matches.update(result.personal_matches)
         records.update(result.personal_records)
         overlaps += [(count + place + 1, match) for place, found in result.overlaps for match in found]
-        count += len(result.keys["records"])
-    unique = {name: np.unique(np.concatenate(values or [np.empty(0, "Q")])) for name, values in keys.items()}
+        count += len(result.columns["records"])
+    unique = {identity: np.unique(np.concatenate(columns[identity])) for identity in IDENTITIES}
     findings = {
         "n": count,
         "duplicates": {name: count - len(values) for name, values in unique.items()},
-        "characters": {
-            part: _spread(np.concatenate(values or [np.empty(0, "I")])) for part, values in lengths.items()
-        },
+        "characters": {part: _spread(np.concatenate(columns[part])) for part in PARTS},
         "personal_data": {kind: {"records": records[kind], "matches": matches[kind]} for kind in MASKS},
         "personal_records": records["any"],
         "personal_pieces": matches.total(),
@@ -259,28 +250,23 @@ def _set_index(index: QuestionIndex | None) -> None:
 def examine_chunk(chunk: tuple[Path, int, int]) -> ChunkResult:
     """Examine the lines that begin in [start, end) of a dataset."""
     index = _INDEX[0]
-    keys = {identity: array("Q") for identity in IDENTITIES}
-    lengths = {part: array("I") for part in PARTS}
+    columns = {name: array("Q") for name in (*IDENTITIES, *PARTS)}
     matches, records, overlaps = Counter(), Counter(), []
     for place, line in enumerate(_lines(*chunk)):
         record = orjson.loads(line)
-        question, answer = question_of(record), answer_of(record)
+        question, answer, history = question_of(record), answer_of(record), record.get("history") or ()
         normalised = normalise(question)
-        keys["records"].append(key(question + "\0" + answer))
-        keys["records_normalised"].append(key(normalised + "\0" + normalise(answer)))
-        keys["questions"].append(key(question))
-        keys["questions_normalised"].append(key(normalised))
-        history = sum(len(user) + len(doctor) for user, doctor in record.get("history") or ())
-        for part, length in zip(
-            PARTS, (len(record["instruction"]) + len(record["input"]), len(answer), history), strict=True
-        ):
-            lengths[part].append(length)
-        _, found = mask("\n".join([question, answer, *(doctor for _, doctor in record.get("history") or ())]))
+        texts = (f"{question}\0{answer}", f"{normalised}\0{normalise(answer)}", question, normalised)
+        asked = len(record["instruction"]) + len(record["input"])
+        lengths = (asked, len(answer), sum(len(user) + len(doctor) for user, doctor in history))
+        for column, value in zip(columns.values(), (*map(key, texts), *lengths), strict=True):
+            column.append(value)
+        _, found = mask("\n".join([question, answer, *(doctor for _, doctor in history)]))
         matches.update(found)
         records.update([*found, *["any"] * bool(found), *["control tokens"] * has_control_token(line)])
         if index and (matched := index.match(question, normalised)):
             overlaps.append((place, matched))
-    return ChunkResult(keys, lengths, matches, records, overlaps)
+    return ChunkResult(columns, matches, records, overlaps)
 
 
 def _lines(path: Path, start: int, end: int) -> Iterator[bytes]:
@@ -313,26 +299,23 @@ def shared_between(unique: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each two datasets with something in common, how many different records and questions that is."""
     import numpy as np
 
-    names, shared = list(unique), []
-    for place, a in enumerate(names):
-        for b in names[place + 1 :]:
-            common = {
-                identity: len(np.intersect1d(unique[a][identity], unique[b][identity], assume_unique=True))
-                for identity in IDENTITIES
-            }
-            if any(common.values()):
-                shared.append({"a": a, "b": b} | common)
+    shared = []
+    for a, b in itertools.combinations(unique, 2):
+        common = {
+            identity: len(np.intersect1d(unique[a][identity], unique[b][identity], assume_unique=True))
+            for identity in IDENTITIES
+        }
+        if any(common.values()):
+            shared.append({"a": a, "b": b} | common)
     return shared
 
 
 def signature(args: argparse.Namespace) -> str:
     """Return what it takes to get the same findings again."""
-    from importlib import metadata
-
     tokens = f"|tokens:{args.tokenizer},{args.config},sample-{args.token_sample}" if args.tokenizer else ""
     return (
         f"normalised:nfkc,casefold,letters-and-digits|near:trigrams,jaccard>={NEAR},minhash-{PERMUTATIONS},{BANDS}x{ROWS}"
-        f"|datasketch:{metadata.version('datasketch')}{tokens}|medasst:{__version__}"
+        f"|datasketch:{version('datasketch')}{tokens}|medasst:{__version__}"
     )
 
 

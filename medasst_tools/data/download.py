@@ -45,12 +45,15 @@ NOT_NEEDED = ["*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
 
 
 class Wanted(NamedTuple):
-    """A file that a corpus or exam needs. `about`: the registry's entry; `places`: where it may be, the first is where it goes."""
+    """A file that a corpus or exam needs. names: what it is asked for by; about: the registry's entry.
 
+    places: where it may be, with what is known of it there (bytes, sha256, elsewhere); it goes to the first.
+    """
+
+    names: list[str]
     title: str
     about: dict[str, Any]
-    places: list[Path]
-    known: list[dict[str, Any]]  # of each place's file: bytes, sha256, elsewhere
+    places: dict[Path, dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,11 +79,11 @@ def run(args: argparse.Namespace) -> None:
     hubs = [args.source] if args.source else hubs_in_order()
     failures: list[str] = []
     for file in files:
-        faults = {path: fault_of(path, known) for path, known in zip(file.places, file.known, strict=True)}
+        faults = {path: fault_of(path, known) for path, known in file.places.items()}
         wrong = "".join(f"; {path} {fault}" for path, fault in faults.items() if path.exists())
         if present := [path for path, fault in faults.items() if not fault]:
             print(f"{present[0]}: already there")
-        elif elsewhere := file.known[0].get("elsewhere"):
+        elif elsewhere := next(iter(file.places.values())).get("elsewhere"):
             note = f"{' or '.join(map(str, file.places))}: no hub has it; put it there from {elsewhere}{wrong}"
             if args.names:
                 failures.append(note)
@@ -128,8 +131,7 @@ def from_first_hub(hubs: list[str], fetch: Callable[[str], None]) -> list[str]:
 def choose(names: list[str], raw_dir: Path, exams_dir: Path) -> tuple[list[Wanted], list[str]]:
     """Return (files, model ids) for the names; every file of every corpus and exam without any."""
     experiments = load_experiments(CONFIGS_DIR / "experiments.yaml")
-    files = files_by_name(raw_dir, exams_dir)
-    known_names = {name for known_as, _ in files for name in known_as}
+    files = all_files(raw_dir, exams_dir)
     models = []
     for name in names:
         if name in experiments["experiments"]:
@@ -138,25 +140,24 @@ def choose(names: list[str], raw_dir: Path, exams_dir: Path) -> tuple[list[Wante
                 raise UserError(f"{name}'s model {models[-1]} is no hub's: `make train EXPERIMENT={name}` makes it")
         elif MODEL_ID.fullmatch(name):
             models.append(name)
-        elif name not in known_names:
-            there = ", ".join([*dict.fromkeys(known_as[0] for known_as, _ in files), *experiments["experiments"]])
+        elif not any(name in file.names for file in files):
+            there = ", ".join([*dict.fromkeys(file.names[0] for file in files), *experiments["experiments"]])
             raise UserError(f"nothing is named {name!r}; there are {there}, or a model as owner/name")
-    wanted = [file for known_as, file in files if not names or set(known_as) & set(names)]
+    wanted = [file for file in files if not names or set(file.names) & set(names)]
     return wanted, list(dict.fromkeys(models))
 
 
-def files_by_name(raw_dir: Path, exams_dir: Path) -> list[tuple[list[str], Wanted]]:
-    """Return ([names of corpus and dataset, or of the exam], file) of all that a hub has, or that is had elsewhere."""
+def all_files(raw_dir: Path, exams_dir: Path) -> list[Wanted]:
+    """Return every file of a corpus or exam that a hub has, or that is had elsewhere."""
     files = []
     for dataset in load_datasets().values():
         about, name = vars(dataset.corpus), dataset.corpus.name
-        known = [about["known_files"].get(file, {}) for file in dataset.files]
-        if any(about[hub.key] for hub in HUBS.values()) or any(file.get("elsewhere") for file in known):
-            places = [raw_dir / name / file for file in dataset.files]
-            files.append(([name, dataset.name], Wanted(about["title"], about, places, known)))
+        places = {raw_dir / name / file: about["known_files"].get(file, {}) for file in dataset.files}
+        if any(about[hub.key] for hub in HUBS.values()) or any("elsewhere" in known for known in places.values()):
+            files.append(Wanted([name, dataset.name], about["title"], about, places))
     for name, exam in load_protocol()["benchmarks"].items():
         place = exams_dir / f"{exam['archive']}.zip"
-        files.append(([name], Wanted(name, exam, [place], [exam.get("known_file", {})])))
+        files.append(Wanted([name], name, exam, {place: exam.get("known_file", {})}))
     return files
 
 
@@ -179,7 +180,7 @@ def fault_of(path: Path, known: dict[str, Any]) -> str | None:
 
 def fetch_file(file: Wanted, hub: str) -> None:
     """Fetch one file into a folder of its own beside its place, check it, and move it there."""
-    place, repository = file.places[0], file.about[HUBS[hub].key]
+    (place, registered), repository = next(iter(file.places.items())), file.about[HUBS[hub].key]
     if not repository:
         raise UserError(f"{place}: {HUBS[hub].name} doesn't have {file.title}")
     staging = place.parent / f".download-{place.name}"
@@ -190,7 +191,7 @@ def fetch_file(file: Wanted, hub: str) -> None:
             if [path.name for path in staging.iterdir()] == [".lock"]:
                 shutil.rmtree(staging)
             raise UserError(f"{place}: {reason(error, hub, repository)}") from error
-        fault = fault_of(staging / place.name, known | file.known[0])
+        fault = fault_of(staging / place.name, known | registered)
         if not fault:
             (staging / place.name).replace(place)
         shutil.rmtree(staging)
@@ -240,16 +241,14 @@ def fetch_model(model: str, hub: str) -> None:
         if hub == "huggingface":
             from huggingface_hub import model_info, snapshot_download
 
-            licence, fetch = model_info(model).card_data, partial(snapshot_download, ignore_patterns=NOT_NEEDED)
-            licence = licence and licence.get("license")
+            licence = (model_info(model).card_data or {}).get("license")
+            fetch = partial(snapshot_download, ignore_patterns=NOT_NEEDED)
         else:
             from modelscope_hub import HubApi
 
+            licence = HubApi().get_repo(model, "model").license
             # LLaMA-Factory would fetch what is left out here
-            licence, fetch = (
-                HubApi().get_repo(model, "model").license,
-                partial(HubApi().download_repo, repo_type="model"),
-            )
+            fetch = partial(HubApi().download_repo, repo_type="model")
         print(f"{model}: licence {licence or 'not named'}, see its page", flush=True)
         path = fetch(model)
     except Exception as error:  # as above

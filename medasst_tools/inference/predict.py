@@ -23,16 +23,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from medasst_tools import console, provenance
-from medasst_tools.config import load
+from medasst_tools.config import known_settings, load
 from medasst_tools.errors import CheckFailed
 from medasst_tools.files import atomic_writer, locked, read_jsonl, write_json
 from medasst_tools.inference.answers import AnswerStore
 from medasst_tools.machine import hardware, preflight
 
 PREDICTIONS, RECORD = "generated_predictions.jsonl", "predictions.json"
-# LLaMA-Factory's
-DEFAULTS = {"cutoff_len": 2048, "max_new_tokens": 1024, "per_device_eval_batch_size": 8, "skip_special_tokens": True}
-MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 # Of a config they say which records are asked, not how one is asked.
 WHICH_RECORDS = ("eval_dataset", "max_samples", "preprocessing_num_workers", "dataset")
 CONTEXT = multiprocessing.get_context("spawn")  # importing LLaMA-Factory touches the GPU, which a fork doesn't survive
@@ -40,8 +37,7 @@ CONTEXT = multiprocessing.get_context("spawn")  # importing LLaMA-Factory touche
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("config", type=Path, help="factory_configs/<experiment>/predict.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for LLaMA-Factory, over what the file says")
+    preflight.add_config_arguments(parser, "predict")
     parser.add_argument("--workers", type=int, help="processes (one a GPU, without GPUs one)")
     endpoint = parser.add_argument_group("through an endpoint; the key comes from API_KEY or OPENAI_API_KEY")
     endpoint.add_argument("--api-base", metavar="URL", help="such as http://127.0.0.1:8000/v1")
@@ -53,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="an empty answer, which scores 0, where the endpoint refuses a record (too long for the model, say)",
     )
-    preflight.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -136,10 +131,10 @@ def answer_here(
 
 def _devices(config: dict[str, Any], workers: int | None) -> list[dict[str, str]]:
     """Return each worker's environment: a GPU of its own, or its share of the cores."""
-    gpus = [] if config.get("use_cpu") else hardware.visible_gpus()
+    gpus = [] if config.get("use_cpu") else hardware.gpus()
     count = workers or max(len(gpus), 1)
     if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(count)]
+        return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)].visible_as} for number in range(count)]
     threads = max(1, (os.cpu_count() or 1) // count)
     return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))} for _ in range(count)]
 
@@ -169,7 +164,8 @@ def predict_share(
         from llamafactory.train import tuner
         from llamafactory.train.sft import workflow
 
-        settings = DEFAULTS | {key: value for key, value in config.items() if value is not None}
+        settings = {key: setting.default for key, setting in known_settings().items()}
+        settings |= {key: value for key, value in config.items() if value is not None}
         share = Share(settings, asked, AnswerStore(store), number, of, terminal)
         changed = dict.fromkeys(("overwrite_output_dir", "eval_on_each_dataset", "disable_tqdm"), True)
         theirs = workflow.CustomSeq2SeqTrainer
@@ -230,28 +226,24 @@ def keeping_trainer(theirs: Any, share: Share) -> type:
             lengths = {at: len(ids) for at, ids in enumerate(records["input_ids"]) if keys[at] not in share.answers}
             if lengths and len(lengths) < len(keys):
                 print(f"going on: {len(keys) - len(lengths)} of {len(keys)} answers are there", file=share.terminal)
-            with share.answers:
-                for batch, rows in self._answered(records, share.batches(lengths, self.args.n_gpu > 0), kwargs):
-                    for at, row in zip(batch, rows, strict=True):
-                        share.answers.keep(keys[at], row)
-            share.rows = [share.answers[key] for key in keys if key in share.answers]
-            return PredictionOutput(None, None, {"predict_samples": len(keys)})
-
-        def _answered(self, records, batches: list[list[int]], kwargs: dict[str, Any]):
-            with console.bar(share.terminal, total=sum(map(len, batches)), desc="predict", unit="answer") as bar:
+            batches = share.batches(lengths, self.args.n_gpu > 0)
+            bar = console.bar(share.terminal, total=sum(map(len, batches)), desc="predict", unit="answer")
+            with share.answers, bar:
                 while batches:
-                    batch, *batches = batches
+                    batch = batches[0]
                     try:
                         rows = self._rows(records.select(batch), kwargs)
                     except (RuntimeError, MemoryError) as error:
-                        batches = halved(error, [batch, *batches])
-                        print(
-                            f"out of memory with {len(batch)} records: going on with {len(batches[0])}",
-                            file=share.terminal,
-                        )
+                        batches = halved(error, batches)
+                        less = f"going on with {len(batches[0])}"
+                        print(f"out of memory with {len(batch)} records: {less}", file=share.terminal)
                         continue
-                    yield batch, rows
+                    for at, row in zip(batch, rows, strict=True):
+                        share.answers.keep(keys[at], row)
                     bar.update(len(batch))
+                    batches = batches[1:]
+            share.rows = [share.answers[key] for key in keys if key in share.answers]
+            return PredictionOutput(None, None, {"predict_samples": len(keys)})
 
         def _rows(self, chosen, kwargs: dict[str, Any]) -> list[dict[str, str]]:
             self.args.per_device_eval_batch_size = len(chosen)
@@ -264,20 +256,14 @@ def keeping_trainer(theirs: Any, share: Share) -> type:
     return KeepingTrainer
 
 
-def halved(error: BaseException, batches: list[list[int]]) -> list[list[int]]:
+def halved(error: Exception, batches: list[list[int]]) -> list[list[int]]:
     """Return the batches cut in halves after an error for want of memory; any other is raised again."""
-    if not is_out_of_memory(error):
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
         raise error
     if len(batches[0]) == 1:
         raise CheckFailed("the memory doesn't suffice for one record; lower cutoff_len or max_new_tokens") from None
-    import torch
-
-    torch.cuda.empty_cache()
+    clear_device_cache()
     half = (len(batches[0]) + 1) // 2
     return [batch[at : at + half] for batch in batches for at in range(0, len(batch), half)]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a GPU's or the machine's memory was too small."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in MEMORY_WORDS)

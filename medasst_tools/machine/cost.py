@@ -92,11 +92,16 @@ class ModelShape:
         return self.layers * config.get("lora_rank", 8) * sum(map(sum, self.linear_layers()))
 
 
+def released_model(model: str) -> dict[str, Any]:
+    """Return what dataset_info/base_models.yaml has of a hub id, nothing of another."""
+    return next((one for one in read_yaml(BASE_MODELS) if model in one["ids"]), {})
+
+
 def known_config(model: str) -> dict[str, Any] | None:
     """Return a model's config.json: a folder's own, what base_models.yaml has of a hub id, None of another."""
     if (Path(model) / "config.json").is_file():
         return read_json(Path(model) / "config.json")
-    return next((one.get("config") for one in read_yaml(BASE_MODELS) if model in one["ids"]), None)
+    return released_model(model).get("config")
 
 
 def known_shape(model: str) -> ModelShape | None:

@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,9 +68,7 @@ def load_configs(experiment: str, configs_dir: Path = CONFIGS_DIR) -> dict[str, 
 # ---- the environment ------------------------------------------------------------------------------------------------
 def check_environment() -> Iterator[Check]:
     """Yield what concerns every experiment."""
-    old = sys.version_info < (3, 11)
-    step = "`make setup PYTHON=python3.12` in a fresh .venv" if old else ""
-    yield Check("fail" if old else "ok", "python", f"Python {platform.python_version()}", step)
+    yield Check("ok", "python", f"Python {platform.python_version()}")
     yield check_packages()
     yield check_attention()
     for package, (purpose, _, _) in preflight.EXTRAS.items():
@@ -163,9 +160,7 @@ def raw_files_are_there(names: list[str]) -> bool:
     """Say whether the raw file of each of these datasets was downloaded, so that they only wait for the conversion."""
     known = load_datasets()
     return all(
-        any((RAW_DIR / known[name].corpus.name / file).exists() for file in known[name].files)
-        if name in known
-        else False
+        name in known and any((RAW_DIR / known[name].corpus.name / file).exists() for file in known[name].files)
         for name in names
     )
 

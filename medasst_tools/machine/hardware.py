@@ -117,8 +117,3 @@ def commit() -> str:
         return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def visible_gpus() -> list[str]:
-    """Return the names under which CUDA_VISIBLE_DEVICES may give each card to a process."""
-    return [card.visible_as for card in gpus()]

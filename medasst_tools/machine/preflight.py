@@ -25,6 +25,13 @@ EXTRAS = {
 NEED_A_GPU = ("quantization_bit", "deepspeed", "bf16", "fp16", "pure_bf16", "bf16_full_eval", "fp16_full_eval")
 
 
+def add_config_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
+    """Add the rendered config of that kind, what goes over its settings, and the option that goes past every refusal."""
+    parser.add_argument("config", type=Path, help=f"factory_configs/<experiment>/{kind}.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for LLaMA-Factory, over what the file says")
+    add_arguments(parser)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the option that goes past every refusal."""
     parser.add_argument("--anyway", action="store_true", help="warn of what the checks find, and go on")

@@ -18,19 +18,12 @@ from medasst_tools.errors import UserError
 from medasst_tools.machine import preflight
 from medasst_tools.serving import address
 
-QUEUE = 64
-TIME_LIMIT = 300.0
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("chat_config", type=Path, help="factory_configs/<experiment>/chat.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for LLaMA-Factory, over what the file says")
-    parser.add_argument("--queue", type=int, default=QUEUE, help=f"requests that may wait ({QUEUE}); more get a 429")
-    parser.add_argument(
-        "--time-limit", type=float, default=TIME_LIMIT, help=f"seconds for one answer's generation ({TIME_LIMIT:g})"
-    )
-    preflight.add_arguments(parser)
+    preflight.add_config_arguments(parser, "chat")
+    parser.add_argument("--queue", type=int, default=64, help="requests that may wait (64); more get a 429")
+    parser.add_argument("--time-limit", type=float, default=300.0, help="seconds for one answer's generation (300)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
     concurrent = address.number("MAX_CONCURRENT", 1, 1, 1024)
     if args.queue < 0 or args.time_limit <= 0:
         raise UserError("--queue must be 0 or more, --time-limit above 0")
-    config = load_config(args.chat_config, args.overrides)
-    name = os.environ.get("API_MODEL_NAME") or args.chat_config.resolve().parent.name
+    config = load_config(args.config, args.overrides)
+    name = os.environ.get("API_MODEL_NAME") or args.config.resolve().parent.name
     # before the model is loaded, which takes a while
     with address.listen("API_HOST", "API_PORT", 8000, "API_KEY") as listener:
         preflight.require(config, args)

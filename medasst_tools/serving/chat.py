@@ -75,24 +75,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The chat page on 127.0.0.1:7860. Environment: GRADIO_SERVER_NAME and GRADIO_SERVER_PORT, as gradio's own; "
         "CHAT_AUTH=user:password, needed for any address that other machines reach."
     )
-    parser.add_argument("chat_config", type=Path, help="factory_configs/<experiment>/chat.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="over what the file says, as llamafactory-cli"
-    )
+    preflight.add_config_arguments(parser, "chat")
     parser.add_argument("--terminal", action="store_true", help="chat in the terminal instead")
     parser.add_argument("--expert", action="store_true", help="show the model's path and sliders for its settings")
-    preflight.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Chat until interrupted."""
-    config = load(args.chat_config, args.overrides, "chat")
+    config = load(args.config, args.overrides, "chat")
     address = None if args.terminal else read_address()  # before the model is loaded
-    trained = provenance.check_model(config, args.chat_config)
+    trained = provenance.check_model(config, args.config)
     preflight.require(config, args)
     if address is None:
         # LLaMA-Factory's terminal chat reads its config from the command line
-        sys.argv = ["llamafactory-cli", str(args.chat_config), *args.overrides]
+        sys.argv = ["llamafactory-cli", str(args.config), *args.overrides]
         chat_in_terminal()
     else:
         serve_page(address, config, provenance.describe(config, trained) if args.expert else None)
@@ -161,7 +157,10 @@ def build_page(engine: Any, about: str | None = None) -> Any:
 
     async def answer(message: str, history: list[dict[str, Any]], *settings: float) -> AsyncIterator[str]:
         """Stream the answer to a message, each time as far as it has come; whoever presses stop ends the generation too."""
-        turns = [_turn(turn) for turn in [*history, {"role": "user", "content": message}]]
+        turns = [
+            {"role": turn["role"], "content": harmless(turn["content"]) if turn["role"] == "user" else turn["content"]}
+            for turn in [*history, {"role": "user", "content": message}]
+        ]
         given = dict(zip(("max_new_tokens", "temperature", "top_p"), settings, strict=False))
         text = ""
         async with contextlib.aclosing(Generation(engine, turns, **given).pieces()) as pieces:
@@ -203,11 +202,6 @@ def text_chatbot() -> Any:
     chatbot.postprocess = lambda value: show(each(value, html.escape))
     chatbot.preprocess = lambda payload: each(read(payload), html.unescape)
     return chatbot
-
-
-def _turn(turn: dict[str, Any]) -> dict[str, str]:
-    """Return a turn as the model gets it."""
-    return {"role": turn["role"], "content": harmless(turn["content"]) if turn["role"] == "user" else turn["content"]}
 
 
 def harmless(text: str) -> str:

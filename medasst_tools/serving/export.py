@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from medasst_tools import console, provenance
-from medasst_tools.config import load, read_yaml
+from medasst_tools.config import load
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import CheckFailed, UserError
 from medasst_tools.files import open_permissions, read_json, write_json, write_text
 from medasst_tools.machine import hardware, hub, preflight
-from medasst_tools.machine.cost import BASE_MODELS
+from medasst_tools.machine.cost import released_model
 from medasst_tools.render import template_environment
 from medasst_tools.serving.exported_prompts import correct_prompts
 from medasst_tools.serving.notice import NOTICE_EN, NOTICE_ZH
@@ -34,11 +34,7 @@ PROMPT_KEYS = ("template", "default_system", "enable_thinking")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("config", type=Path, help="factory_configs/<experiment>/export.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="over what the file says, as for llamafactory-cli"
-    )
-    preflight.add_arguments(parser)
+    preflight.add_config_arguments(parser, "export")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -178,7 +174,7 @@ def gather_facts(folder: Path, config: dict[str, Any], run: dict[str, Any] | Non
         "experiment": folder.name,
         "shown": provenance.shown_name(folder.name, train=made, predict=scored, exam=examined),
         "base": base,
-        "base_facts": base_facts(base),
+        "base_facts": dict.fromkeys(("licence", "licence_id", "homepage")) | released_model(base),
         "template": config["template"],
         "enable_thinking": config.get("enable_thinking"),
         "system": config.get("default_system"),
@@ -190,12 +186,6 @@ def gather_facts(folder: Path, config: dict[str, Any], run: dict[str, Any] | Non
         "notice_zh": NOTICE_ZH,
         "notice_en": NOTICE_EN,
     }
-
-
-def base_facts(base: str) -> dict[str, Any]:
-    """Return the base's licence and page as dataset_info/base_models.yaml has them; None where it doesn't know the base."""
-    unknown = {"licence": None, "licence_id": None, "homepage": None}
-    return next((entry for entry in read_yaml(BASE_MODELS) if base in entry["ids"]), unknown)
 
 
 def data_rows(experiment: str, names: str) -> list[dict[str, Any]]:

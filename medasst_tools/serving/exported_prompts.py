@@ -6,7 +6,6 @@ LLaMA-Factory trains on; the Modelfile is written from the same template (the te
 """
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +45,13 @@ def correct_prompts(folder: Path, chat: dict[str, Any]) -> list[str]:
     # llama3's template adds Llama 3.1's <|eom_id|> to the tokenizer: Llama 3 has no embedding for it
     known = released.get_vocab().values()
     stops = sorted(token for token in template.get_stop_token_ids(tokenizer) if token in known)
-    if line := _stop_at(folder / "generation_config.json", stops):
-        corrections.append(line)
+    generation = read_json(folder / "generation_config.json") or {}
+    before = generation.get("eos_token_id")
+    if set(stops) - set(before if isinstance(before, list) else [before]):
+        corrections.append(f"generation_config.json: eos_token_id {before} -> {stops}")
+        write_json(folder / "generation_config.json", generation | {"eos_token_id": stops})
     (folder / "Modelfile").write_text(write_modelfile(released, served, stops), encoding="utf-8")
     return corrections
-
-
-def _stop_at(path: Path, stops: list[int]) -> str | None:
-    """Let generation_config.json end an answer where the training's answers end; return what was wrong, None if nothing."""
-    config = read_json(path) or {}
-    before = config.get("eos_token_id")
-    if set(before if isinstance(before, list) else [before]) >= set(stops):
-        return None
-    write_json(path, config | {"eos_token_id": stops})
-    return f"generation_config.json: eos_token_id {before} -> {stops}"
 
 
 # ---- the chat template ----------------------------------------------------------------------------------------------
@@ -91,23 +83,19 @@ def chat_template_difference(tokenizer, chat_template: str | None, wanted: dict[
 
 
 def served_template(tokenizer, template, wanted: dict[str | None, list[int]]):
-    """Return LLaMA-Factory's template so that its prompt, encoded at once, gives the training's token ids; CheckFailed if none."""
-    for candidate in candidates(template):
+    """Return LLaMA-Factory's template so that its prompt, encoded at once, gives the training's token ids; CheckFailed if none.
+
+    It is as it is, or has a space before an answer. LLaMA-Factory encodes each turn apart, and SentencePiece (Mistral's)
+    puts a space before each text. A server encodes all at once: it has that space after a special token only, where
+    questions begin.
+    """
+    answer = template.format_assistant
+    spaced = dataclasses.replace(template, format_assistant=dataclasses.replace(answer, slots=[" ", *answer.slots]))
+    for candidate in (template, spaced):
         difference = chat_template_difference(tokenizer, chat_template_of(candidate, tokenizer), wanted)
         if difference is None:
             return candidate
     raise CheckFailed(f"no chat template gives the prompt of the training ({difference}); not exported")
-
-
-def candidates(template) -> Iterator[Any]:
-    """Yield LLaMA-Factory's template, and it with a space before an answer.
-
-    LLaMA-Factory encodes each turn apart, and SentencePiece (Mistral's) puts a space before each text. A server encodes all
-    at once: it has that space after a special token only, where questions begin.
-    """
-    yield template
-    assistant = template.format_assistant
-    yield dataclasses.replace(template, format_assistant=dataclasses.replace(assistant, slots=[" ", *assistant.slots]))
 
 
 def chat_template_of(template, tokenizer) -> str:

@@ -5,6 +5,7 @@ power cut can leave one half-written, half-deleted or cut short, so `medasst tra
 is removed; whole weights are never deleted, but moved aside.
 """
 
+import itertools
 import json
 import math
 import re
@@ -51,8 +52,8 @@ def move_aside(folder: Path) -> Path:
     """Move a folder under saves/ (or wherever its run lies) to `previous/` there, under a name of its own; return the new place."""
     run = folder.parent if NAME.fullmatch(folder.name) else folder
     name = run.name if run == folder else f"{run.name}-{folder.name}"
-    places = (run.parent / "previous" / (name + suffix) for suffix in ("", *(f"-{n}" for n in range(2, 1_000_000))))
-    target = next(place for place in places if not place.exists())
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    target = next(place for one in names if not (place := run.parent / "previous" / one).exists())
     target.parent.mkdir(exist_ok=True)
     return folder.rename(target)
 
@@ -72,8 +73,11 @@ def weights_fault(folder: Path) -> str | None:
 
 
 def _safetensors_fault(path: Path) -> str | None:
+    import torch
     from safetensors import SafetensorError, safe_open
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a process in which several have worked can't be forked any more, as chain.py does
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # no dictionary
@@ -81,6 +85,8 @@ def _safetensors_fault(path: Path) -> str | None:
                     return f"{path.name} holds NaN or infinity in {name}"
     except (SafetensorError, OSError):
         return f"{path.name} is cut short or unreadable"
+    finally:
+        torch.set_num_threads(threads)
     return None
 
 
@@ -175,11 +181,6 @@ def read_log(output_dir: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
-
-
-def first_without_number(rows: list[dict[str, Any]]) -> int | None:
-    """Return the first step whose loss is NaN or infinite, None if all are numbers."""
-    return next((row["current_steps"] for row in rows if not math.isfinite(row.get("loss", 0.0))), None)
 
 
 def seconds_of_legs(rows: list[dict[str, Any]]) -> Iterator[float]:

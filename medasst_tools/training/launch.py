@@ -39,13 +39,13 @@ def read_launch(variables: Mapping[str, str], config: dict[str, Any]) -> Launch:
     """Return the launch that the environment describes; UserError names what is wrong with it."""
     given = {key: text.strip() for key, text in variables.items() if text.strip()}
     numbers = {key: _number(key, given[key]) for key in NUMBERS if key in given}
-    elastic, on_cpu, cards = "RDZV_ID" in given, bool(config.get("use_cpu")), hardware.visible_gpus()
+    elastic, on_cpu, cards = "RDZV_ID" in given, bool(config.get("use_cpu")), hardware.gpus()
     nodes, rank, per_node = (numbers.get(key, 0) for key in ("NNODES", "NODE_RANK", "NPROC_PER_NODE"))
     most = max(1, nodes, numbers.get("MAX_NNODES", 1))
     check_what_would_hang(given, most, rank)
     if not (most > 1 or per_node > 1 or elastic or config.get("deepspeed")):
         if on_cpu or per_node:  # LLaMA-Factory would start a process for each card that it sees
-            return Launch(environment={"CUDA_VISIBLE_DEVICES": "" if on_cpu else ",".join(cards[:1])})
+            return Launch(environment={"CUDA_VISIBLE_DEVICES": "" if on_cpu or not cards else cards[0].visible_as})
         return Launch(processes=max(1, len(cards)))
     if not per_node and (on_cpu or not cards):
         raise UserError("NPROC_PER_NODE isn't set, and without GPUs to count it must say how many processes to start")

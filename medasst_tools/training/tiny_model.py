@@ -8,7 +8,6 @@ words, and neither dialogue nor what belongs together. Nothing that it says is m
 """
 
 import argparse
-import json
 import os
 import random
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 from medasst_tools import provenance
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
-from medasst_tools.files import locked, open_permissions, read_jsonl, sha256_of, write_json
+from medasst_tools.files import locked, open_permissions, read_jsonl, sha256_of, write_json, write_jsonl
 
 # Qwen2's own special tokens; LLaMA-Factory's `qwen` template writes the two chat marks and pads with the first.
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -121,22 +120,13 @@ def build_tiny_model(
 
 def train_tokenizer(documents: list[str], vocab_size: int):
     """Return a byte-level BPE tokenizer (transformers' PreTrainedTokenizerFast) trained on `documents`, with no unknown byte."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()  # as Qwen2's
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(documents, trainer)
+    bpe = ByteLevelBPETokenizer(unicode_normalizer="nfc")  # as Qwen2's
+    bpe.train_from_iterator(documents, vocab_size, min_frequency=0, show_progress=False, special_tokens=SPECIAL_TOKENS)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=Tokenizer.from_str(bpe.to_str()),
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
@@ -151,8 +141,7 @@ def _write_text_dataset(documents: list[str], folder: Path, seed: int) -> None:
     """
     sentences = [sentence.strip() for document in documents for sentence in re.split(r"(?<=[。？！\n])", document)]
     random.Random(seed).shuffle(sentences)
-    with (folder / "text.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in sentences if text)
+    write_jsonl(folder / "text.jsonl", ({"text": text} for text in sentences if text))
     write_json(
         folder / "dataset_info.json", {TEXT_DATASET: {"file_name": "text.jsonl", "columns": {"prompt": "text"}}}
     )

@@ -11,6 +11,7 @@ training that is there, finished or begun, is never restarted, moved or deleted 
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -35,8 +36,7 @@ LOOK_EVERY = 1.0  # seconds between looks at the log, for a loss that is no numb
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("config", type=Path, help="factory_configs/<experiment>/train.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for llamafactory-cli, over the file's")
+    preflight.add_config_arguments(parser, "train")
     smoke = "leave a finished training as it is if only max_samples differs: a smoke test of what comes after"
     for option, text in (
         ("--restart", "move what is there to saves/previous/ and train anew"),
@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--more-samples-will-do", smoke),
     ):
         parser.add_argument(option, action="store_true", help=text)
-    preflight.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         if (output_dir / RUN).is_file() and not different:
             print(f"{output_dir}: up to date")
             return
-        if different and args.more_samples_will_do and only_more_samples(output_dir, about):
+        if different and args.more_samples_will_do and only_more_samples(output_dir, different):
             print(f"{output_dir}: trained on all samples, not {config['max_samples']} a dataset; used as it is")
             return
         if different:
@@ -116,12 +115,9 @@ def what_is_against(output_dir: Path, about: dict[str, Any], launch: Launch) -> 
     return differing
 
 
-def only_more_samples(output_dir: Path, about: dict[str, Any]) -> bool:
+def only_more_samples(output_dir: Path, different: list[str]) -> bool:
     """Say whether the training in `output_dir` is finished, on all samples, and differs from this one in that alone."""
-    finished = provenance.read_run(output_dir)
-    if not finished:
-        return False
-    return all(word.startswith("max_samples unset ") for word in provenance.differences(finished["made_of"], about))
+    return (output_dir / RUN).is_file() and all(word.startswith("max_samples unset ") for word in different)
 
 
 def refusal(output_dir: Path, different: list[str], args: argparse.Namespace) -> str:
@@ -140,7 +136,7 @@ def train(config: dict[str, Any], launch: Launch, about: dict[str, Any], lock: i
     output_dir = Path(config["output_dir"])
     # of several machines with a folder each, none holds the random states of all processes
     processes = None if config.get("save_on_each_node") else launch.processes
-    step = agree_on_step(launch, lambda: chain.aside(checkpoints.whole_steps, output_dir, processes))
+    step = agree_on_step(launch, lambda: checkpoints.whole_steps(output_dir, processes))
     note = begin(output_dir, about, step, launch.processes)
     last = output_dir / f"checkpoint-{step}"
     if step is not None and checkpoints.is_last_step(last):
@@ -217,7 +213,7 @@ def launch_training(config: dict[str, Any], launch: Launch, lock: int | None = N
     with written(as_launched(config, launch)) as path, console.log_of_child(log) as output:
         command = ["llamafactory-cli", "train", path]
         environment = child_environment(os.environ, launch)
-        fork = chain.preloaded() and "FORCE_TORCHRUN" not in launch.environment
+        fork = chain.PRELOADED and "FORCE_TORCHRUN" not in launch.environment
         child = fork_with(command, environment, output) if fork else start(command, environment, output, lock)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
@@ -278,9 +274,9 @@ def _wait(child: psutil.Process, output_dir: Path) -> int:
             if rows:
                 bar.total = rows[-1].get("total_steps")
                 bar.update(rows[-1]["current_steps"] - bar.n)
-            if (step := checkpoints.first_without_number(rows)) is not None:
+            if wrong := [row["current_steps"] for row in rows if not math.isfinite(row.get("loss", 0.0))]:
                 raise CheckFailed(
-                    f"{output_dir}: the loss at step {step} is NaN or infinite, and the training was stopped. Look for a base "
+                    f"{output_dir}: the loss at step {wrong[0]} is NaN or infinite, and the training was stopped. Look for a base "
                     "with NaN, a learning_rate that is too high, or broken records; then train anew with --restart"
                 )
     return status
