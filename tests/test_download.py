@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import SAMPLES
 from hub_server import Hub
 
 from medasst_tools.data import download
@@ -195,8 +196,11 @@ def test_without_names_everything_that_a_hub_has(tmp_path, hub):
     assert {name for name in there if name.startswith(("raw", "exams"))} == {
         "raw/medchatzh/MedChatZH_train.json", "raw/medchatzh/MedChatZH_valid.json", "raw/cmtmedqa/CMtMedQA.json",
         "raw/huatuo_encyclopedia_qa/train_datasets.jsonl", "raw/huatuo_encyclopedia_qa/test_datasets.jsonl",
-        "raw/huatuogpt_sft/HuatuoGPT_sft_data_v1.jsonl", "exams/cmmlu_v1_0_1.zip",
+        "raw/huatuogpt_sft/HuatuoGPT_sft_data_v1.jsonl", "raw/safety_pairs/pairs.jsonl", "exams/cmmlu_v1_0_1.zip",
     }  # fmt: skip
+    assert result.stdout.count("CMtMedQA_test.json") == 1  # two datasets are of it
+    pairs = tmp_path / "raw/safety_pairs/pairs.jsonl"
+    assert pairs.read_bytes() == (SAMPLES / "raw/safety_pairs/pairs.jsonl").read_bytes()
     for name in ("CMtMedQA_test.json", "medQA.train.txt or", "medQA.test.txt or"):
         assert any(
             name in line and "no hub has it" in line and "github.com" in line for line in result.stdout.splitlines()
@@ -257,7 +261,7 @@ def test_what_the_registry_knows_is_used(tmp_path):
         }
         assert dataset.corpus.known_files.keys() <= names
         for known in dataset.corpus.known_files.values():
-            assert known and known.keys() <= {"bytes", "sha256", "elsewhere"}
+            assert known and known.keys() <= {"bytes", "sha256", "elsewhere", "bundled"}
 
 
 @pytest.mark.real_data

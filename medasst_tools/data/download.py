@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from medasst_tools.data.exam_questions import load_protocol
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
-from medasst_tools.files import LFS_POINTER, locked, sha256_of
+from medasst_tools.files import LFS_POINTER, PROJECT_ROOT, locked, sha256_of
 from medasst_tools.render import CONFIGS_DIR, load_experiments, resolve
 
 
@@ -47,7 +47,8 @@ NOT_NEEDED = ["*.bin", "*.pth", "*.pt", "*.gguf", "*.h5", "*.msgpack", "*.onnx",
 class Wanted(NamedTuple):
     """A file that a corpus or exam needs. names: what it is asked for by; about: the registry's entry.
 
-    places: where it may be, with what is known of it there (bytes, sha256, elsewhere); it goes to the first.
+    places: where it may be, with what is known of it there (bytes, sha256; elsewhere, bundled: where it is had if no hub has
+    it); it goes to the first.
     """
 
     names: list[str]
@@ -83,6 +84,11 @@ def run(args: argparse.Namespace) -> None:
         wrong = "".join(f"; {path} {fault}" for path, fault in faults.items() if path.exists())
         if present := [path for path, fault in faults.items() if not fault]:
             print(f"{present[0]}: already there")
+        elif bundled := next(iter(file.places.values())).get("bundled"):
+            place = next(iter(file.places))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(PROJECT_ROOT / bundled, place)
+            print(f"{place}: copied from {bundled}")
         elif elsewhere := next(iter(file.places.values())).get("elsewhere"):
             note = f"{' or '.join(map(str, file.places))}: no hub has it; put it there from {elsewhere}{wrong}"
             if args.names:
@@ -143,17 +149,19 @@ def choose(names: list[str], raw_dir: Path, exams_dir: Path) -> tuple[list[Wante
         elif not any(name in file.names for file in files):
             there = ", ".join([*dict.fromkeys(file.names[0] for file in files), *experiments["experiments"]])
             raise UserError(f"nothing is named {name!r}; there are {there}, or a model as owner/name")
-    wanted = [file for file in files if not names or set(file.names) & set(names)]
-    return wanted, list(dict.fromkeys(models))
+    # two datasets may be of one file
+    wanted = {tuple(file.places): file for file in files if not names or set(file.names) & set(names)}
+    return list(wanted.values()), list(dict.fromkeys(models))
 
 
 def all_files(raw_dir: Path, exams_dir: Path) -> list[Wanted]:
-    """Return every file of a corpus or exam that a hub has, or that is had elsewhere."""
+    """Return every file of a corpus or exam that a hub has, or that is had elsewhere or bundled."""
     files = []
     for dataset in load_datasets().values():
         about, name = vars(dataset.corpus), dataset.corpus.name
         places = {raw_dir / name / file: about["known_files"].get(file, {}) for file in dataset.files}
-        if any(about[hub.key] for hub in HUBS.values()) or any("elsewhere" in known for known in places.values()):
+        had = any(known.keys() & {"elsewhere", "bundled"} for known in places.values())
+        if had or any(about[hub.key] for hub in HUBS.values()):
             files.append(Wanted([name, dataset.name], about["title"], about, places))
     for name, exam in load_protocol()["benchmarks"].items():
         place = exams_dir / f"{exam['archive']}.zip"
