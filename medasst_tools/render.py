@@ -100,30 +100,34 @@ def load_experiments(path: Path) -> dict[str, Any]:
     prompt = source["system_prompt"]
     if not (isinstance(prompt, dict) and set(prompt) == {"version", "text"} and isinstance(prompt["text"], str)):
         raise UserError(f"{path}: system_prompt is {prompt!r}, must have just the keys version and text")
+    experiments = source["experiments"]
+    if not isinstance(experiments, dict):
+        raise UserError(f"{path}: experiments is {experiments!r}, must be a mapping")
+    if wrong := [name for name, experiment in experiments.items() if not isinstance(experiment, dict)]:
+        raise UserError(f"{path}: {wrong[0]} is {experiments[wrong[0]]!r}, must be a mapping")
     return source
 
 
 def resolve(source: dict[str, Any], name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the experiment with everything that it takes over through `based_on`; a null removes what was taken over."""
     experiments = source["experiments"]
-    if name not in experiments:
-        raise UserError(
-            f"no experiment {name!r}{configs.nearest(name, experiments)}; there are {', '.join(experiments)}"
-        )
+    if not isinstance(name, str) or name not in experiments:
+        near = configs.nearest(str(name), experiments)
+        raise UserError(f"no experiment {name!r}{near}; there are {', '.join(experiments)}")
     if name in seen:
         raise UserError(f"{name}: based_on goes round in a circle: {' -> '.join([*seen, name])}")
     own = dict(experiments[name])
     base = own.pop("based_on", None)
     inherited = resolve(source, base, (*seen, name)) if base else {"dialogue": {}}
-    merged = inherited | {key: value for key, value in own.items() if not isinstance(value, dict)}
-    for section, settings in own.items():
-        if isinstance(settings, dict):
-            both = inherited.get(section, {}) | settings
+    merged = inherited | own
+    for section in SECTIONS & own.keys():
+        if isinstance(own[section], dict):
+            both = inherited.get(section, {}) | own[section]
             merged[section] = {key: setting for key, setting in both.items() if setting is not None}
+    _check(name, merged)
     prompt = source["system_prompt"]
     reason = f"system prompt v{prompt['version']}, one for all experiments; paper silent"
     merged["dialogue"].setdefault("default_system", [prompt["text"], reason])
-    _check(name, merged)
     return merged
 
 
@@ -132,10 +136,14 @@ def _check(name: str, experiment: dict[str, Any]) -> None:
         raise UserError(
             f"{name}: unknown key {', '.join(sorted(unknown))}; known: {', '.join(sorted(PLAIN_KEYS | SECTIONS))}"
         )
+    for key, value in experiment.items():
+        if key in SECTIONS and isinstance(value, dict):
+            _check_settings(f"{name}: {key}", value)
+        elif key in SECTIONS or not isinstance(value, str):
+            must = "a mapping of settings" if key in SECTIONS else "a text"
+            raise UserError(f"{name}: {key} is {value!r}, must be {must}")
     if experiment.get("finetuning") not in KINDS:
         raise UserError(f"{name}: finetuning is {experiment.get('finetuning')!r}, must be one of {', '.join(KINDS)}")
-    for section in SECTIONS & experiment.keys():
-        _check_settings(f"{name}: {section}", experiment[section])
 
 
 def _check_settings(where: str, settings: dict[str, Any]) -> None:

@@ -252,6 +252,16 @@ REAL = {
             "a: train.deepspeed.stage is 3, must be [value, reason]",
         ),
         ({"a": {"finetuning": "none", "purpose": "p", "dataset_dir": "d"}}, "'model' is undefined"),
+        ({"a": REAL | {"train": 5}}, "a: train is 5, must be a mapping of settings"),
+        ({"a": REAL, "b": {"based_on": "a", "predict": ["x"]}}, "b: predict is ['x'], must be a mapping of settings"),
+        ({"a": REAL, "b": {"based_on": "a", "dialogue": None}}, "b: dialogue is None, must be a mapping of settings"),
+        ({"a": REAL, "b": {"based_on": ["a"]}}, "no experiment ['a']; there are a, b"),
+        ({"a": REAL, "b": {"based_on": "a", "purpose": {"x": 1}}}, "b: purpose is {'x': 1}, must be a text"),
+        ({"a": REAL | {"dataset_dir": 9}}, "a: dataset_dir is 9, must be a text"),
+        ({"a": REAL | {"finetuning": ["lora"]}}, "a: finetuning is ['lora'], must be a text"),
+        ({"a": None}, "a is None, must be a mapping"),
+        (None, "experiments is None, must be a mapping"),
+        (["a"], "experiments is ['a'], must be a mapping"),
         ({"a": {"finetuning": "x"}, "b": {"finetuning": "y"}}, "b: finetuning is 'y'"),  # all problems at once
         (
             {"a": REAL | {"dialogue": {"template": ["qwen2", "x"]}}},
