@@ -20,7 +20,6 @@ from medasst_tools.errors import UserError
 from medasst_tools.evaluation import statistics
 from medasst_tools.evaluation.compare import compare_folders, verdict
 from medasst_tools.evaluation.score import interval
-from medasst_tools.evaluation.text_metrics import PRIMARY
 from medasst_tools.files import PROJECT_ROOT, write_json, write_text
 from medasst_tools.machine import hardware
 from medasst_tools.render import template_environment
@@ -132,6 +131,10 @@ def paper_spread(paper: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 def render_markdown(paper, results, comparisons, figures: dict[str, str], lang: str) -> str:
     """Return the page as Markdown."""
+    from medasst_tools.evaluation.text_metrics import (
+        PRIMARY,  # loads dictionaries, which an up-to-date report needs not
+    )
+
     environment = template_environment(
         cell=tables.cell, thousands="{:,}".format, brief=provenance.brief, interval=interval
     )
