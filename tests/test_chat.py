@@ -226,6 +226,15 @@ def test_a_password_is_asked_for(script):
     assert status("login", {"username": "shop", "password": "open sesame"}) == 200
 
 
+def test_an_address_of_ipv6(asked_for, script):
+    try:
+        host, _, _ = asked_for({"GRADIO_SERVER_NAME": "::1", "GRADIO_SERVER_PORT": "0"})
+    except UserError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    assert host == "[::1]"
+    assert urllib.request.urlopen(script(host=host), timeout=10).status == 200
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -273,17 +282,17 @@ def script(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("V", "1")  # stdout stays pytest's
 
-    def serve(auth=None, about=None, do_sample=False) -> str:
+    def serve(auth=None, about=None, do_sample=False, host="127.0.0.1") -> str:
         port = free_port()
         serve.model = ScriptedModel(do_sample)
         monkeypatch.setattr(llamafactory.chat, "ChatModel", lambda config: serve.model)
         monkeypatch.setattr(generation, "Generation", serve.model.generation)
-        threading.Thread(target=chat.serve_page, args=(("127.0.0.1", port, auth), {}, about), daemon=True).start()
+        threading.Thread(target=chat.serve_page, args=((host, port, auth), {}, about), daemon=True).start()
         for _ in range(240):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), port), timeout=1):
                 break
             time.sleep(0.25)
-        return f"http://127.0.0.1:{port}/"
+        return f"http://{host}:{port}/"
 
     yield serve
     gradio.close_all()

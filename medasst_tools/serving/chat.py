@@ -106,7 +106,8 @@ def read_address() -> Address:
         auth = user, password
     # gradio would say that it can't serve there only after the model is loaded
     with listen("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT", 7860, "CHAT_AUTH") as listener:
-        return *listener.getsockname()[:2], auth
+        host, port = listener.getsockname()[:2]
+        return f"[{host}]" if ":" in host else host, port, auth  # as gradio takes one of IPv6
 
 
 def chat_in_terminal() -> None:
@@ -124,6 +125,7 @@ def chat_in_terminal() -> None:
 def serve_page(address: Address, config: dict[str, Any], about: str | None) -> None:
     """Serve the page until interrupted; its address is the last line that is printed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.pop("GRADIO_SERVER_NAME", None)  # is in `address`; gradio would try it as one of IPv4
     with console.logged(Path("results") / "chat.log") as terminal:
         from llamafactory.chat import ChatModel
         from llamafactory.extras.misc import fix_proxy
