@@ -321,6 +321,8 @@ def test_again_is_up_to_date_and_a_tokenizer_is_something_else(converted, capsys
     assert cli.main(words) == 0
     assert capsys.readouterr().out == f"{converted}/audit.json: up to date\n"
     assert cli.main([*words, "--tokenizer", "nowhere"]) == 2  # looked for, not left out
+    assert cli.main([*words, "--exams-dir", str(SAMPLES / "exams")]) == 0
+    assert "audit.json: made anew: file exams unset -> " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -297,11 +297,14 @@ def test_training_tokens(workplace):
 
 
 # ---- the environment -------------------------------------------------------------------------------------------------
-def test_packages_against_constraints(tmp_path):
+def test_packages_against_constraints(tmp_path, monkeypatch):
     constraints = tmp_path / "constraints.txt"
     constraints.write_text("# pins\nPyYAML==1.0\norjson==0.1 ; python_version < '3'\nnot-installed==1\npackaging>=1\n")
     assert [line.split()[0] for line in machine.differing_packages(constraints)] == ["PyYAML"]
     assert machine.differing_packages() == [] and machine.missing_packages() == []
+    wanted = ["no-such-package>=1", "torch>=2", "no-such-extra; extra == 'dev'"]
+    monkeypatch.setattr(machine.metadata, "requires", lambda _: wanted)
+    assert machine.missing_packages() == ["no-such-package"]
 
 
 @pytest.mark.parametrize(
