@@ -829,6 +829,13 @@ def test_why_no_layout_fits(tmp_path, own, capsys, value, says):
     assert says in capsys.readouterr().err
 
 
+def test_a_dialogue_is_of_the_part_that_its_first_question_is_of():
+    alone = [{"instruction": f"问{n}", "output": "答"} for n in range(60)]
+    later = [QA | {"history": [[record["instruction"], "答"], ["再问", "再答"]]} for record in alone]
+    parts = [[convert.in_test_part(record, 0.3) for record in records] for records in (alone, later)]
+    assert parts[0] == parts[1] and 8 < sum(parts[0]) < 28
+
+
 def test_rows_of_a_table_that_arent_whole(tmp_path, own, capsys):
     rows = ["question,answer", "问一,答一", "只有问", "", " ", "问,答,多余", '"问二，""引""",答二', "问三,", "问四,ÿ"]
     (tmp_path / "clinic.csv").write_bytes("\n".join(rows).encode().replace("ÿ".encode(), b"\xff"))
