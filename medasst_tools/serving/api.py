@@ -15,6 +15,7 @@ from typing import Any
 from medasst_tools import console, provenance
 from medasst_tools.config import load
 from medasst_tools.errors import UserError
+from medasst_tools.language import said
 from medasst_tools.machine import preflight
 from medasst_tools.serving import address
 
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
             import uvicorn
 
             app = build_app(config, name, os.environ.get("API_KEY"), concurrent, args.queue, args.time_limit)
-            print(f"This is no doctor: say so to who reads it.\n{name}: {address.url(listener)}/v1", file=terminal)
+            notice = said("This is no doctor: say so to who reads it.")
+            print(f"{notice}\n{name}: {address.url(listener)}/v1", file=terminal)
             uvicorn.Server(uvicorn.Config(app, lifespan="off", timeout_graceful_shutdown=10)).run(sockets=[listener])
 
 
