@@ -327,7 +327,7 @@ def test_a_worker_that_dies_is_restarted_by_the_elastic_launch(cluster, referenc
         assert len(workers) == 2
         workers[1].kill()
         assert launched.wait() == 0, log.read_text()[-6000:]
-    assert "Resuming training from" in log.read_text()
+    assert "Resuming training from" in (saves / "train.log").read_text(encoding="utf-8")
     assert_same_training(saves, reference(4), steps=6)
 
 
