@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from medasst_tools.data.exam_questions import load_protocol
 from medasst_tools.data.registry import load_datasets
 from medasst_tools.errors import UserError
-from medasst_tools.files import LFS_POINTER, PROJECT_ROOT, locked, sha256_of
+from medasst_tools.files import LFS_POINTER, PROJECT_ROOT, atomic_writer, locked, sha256_of
 from medasst_tools.render import CONFIGS_DIR, load_experiments, resolve
 
 
@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"{present[0]}: already there")
         elif bundled := next(iter(file.places.values())).get("bundled"):
             place = next(iter(file.places))
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(PROJECT_ROOT / bundled, place)
+            with atomic_writer(place) as target:
+                target.write((PROJECT_ROOT / bundled).read_bytes())
             print(f"{place}: copied from {bundled}")
         elif elsewhere := next(iter(file.places.values())).get("elsewhere"):
             note = f"{' or '.join(map(str, file.places))}: no hub has it; put it there from {elsewhere}{wrong}"
