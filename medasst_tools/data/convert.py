@@ -302,7 +302,7 @@ def write_dataset(
     """Write the kept and the rejected records; return the counts."""
     from tqdm import tqdm
 
-    counts, output, shapes = Counts(), folder / f"{dataset.name}.jsonl", set()
+    counts, output, shapes, keys = Counts(), folder / f"{dataset.name}.jsonl", set(), None
     records_of = reader(dataset.layout, dataset.corpus.columns)
     raw = read_records(path, dataset.layout, encoding)
     bar = tqdm(raw, dataset.name, unit="record", unit_scale=True, disable=None, leave=False)
@@ -320,7 +320,9 @@ def write_dataset(
                     continue
                 out.write(line)
                 counts.kept += 1
-                shapes.add(tuple(record))
+                if record.keys() != keys:  # it seldom is
+                    keys = record.keys()
+                    shapes.add(tuple(keys))
     counts.sha256 = hashed.digest.hexdigest()
     counts.columns = [name for key, name in COLUMNS.items() if any(key in shape for shape in shapes)]
     if len(shapes) > 1:
@@ -358,12 +360,13 @@ def line_of(
     record: dict[str, Any] | NotKept, dataset: Dataset, cleaner: Cleaner, strict: bool, counts: Counts
 ) -> bytes:
     """Return the line of a record that is kept, and count what was done to it; raise NotKept for one that isn't."""
-    if isinstance(record, NotKept):
+    if type(record) is not dict:
         raise record
     if dataset.share is not None and in_test_part(record, dataset.share) != dataset.test_part:
         raise NotKept("in the other part", by_design=True)
-    odd_tail = ODD_TAIL in record and record.pop(ODD_TAIL)
-    record, masked = (record, None) if cleaner.idle else cleaner.clean(record)
+    odd_tail, masked = ODD_TAIL in record and record.pop(ODD_TAIL), None
+    if not cleaner.idle:
+        record, masked = cleaner.clean(record)
     try:
         line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # half of a surrogate pair
@@ -372,7 +375,8 @@ def line_of(
         if strict:
             raise NotKept("a chat template's mark in the text")
         counts.control_tokens += 1
-    counts.odd_tails += odd_tail
+    if odd_tail:
+        counts.odd_tails += 1
     if masked:
         counts.masked.update(masked)
     return line
