@@ -77,6 +77,8 @@ def is_to_do(args: argparse.Namespace) -> bool:
 
 def preload() -> None:
     """Import LLaMA-Factory for all processes that are forked from here; no thread has worked by then."""
+    gc.disable()  # it would look a dozen times through what an import leaves, a quarter of the time
     with console.logged(Path(os.devnull)):
         PRELOADED.append(importlib.import_module(HEAVY))
+    gc.enable()
     gc.freeze()  # a million objects that stay: no fork looks through them, or copies their pages, again and again

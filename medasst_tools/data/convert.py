@@ -360,7 +360,7 @@ def line_of(
     record: dict[str, Any] | NotKept, dataset: Dataset, cleaner: Cleaner, strict: bool, counts: Counts
 ) -> bytes:
     """Return the line of a record that is kept, and count what was done to it; raise NotKept for one that isn't."""
-    if type(record) is not dict:
+    if not isinstance(record, dict):
         raise record
     if dataset.share is not None and in_test_part(record, dataset.share) != dataset.test_part:
         raise NotKept("in the other part", by_design=True)
