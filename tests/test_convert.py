@@ -225,6 +225,18 @@ def skipped(reason: str) -> tuple[str, bool]:
             dump({"messages": [turn("user", [{"type": "text", "text": "问"}]), turn("assistant", "答")]}),
             alpaca("问", "答", []) | {"system": ""},
         ),
+        (
+            "messages",
+            dump(
+                {
+                    "messages": [
+                        turn("user", [{"type": "text", "text": "图"}, {"type": "image_url"}]),
+                        turn("assistant", "答"),
+                    ]
+                }
+            ),
+            rejected("a part of a turn is not text"),
+        ),
         ("messages", dump({"messages": [turn("assistant", "答")]}), rejected("turns do not alternate")),
         ("messages", dump({"messages": [turn("user", "问"), turn("tool", "1")]}), rejected("a turn of 'tool'")),
         ("messages", dump({"messages": [turn("user", "问"), "答"]}), rejected("a turn is not an object")),
@@ -366,6 +378,9 @@ def test_containers_by_content(tmp_path, data):
         ("medchatzh_train", b'{"instruction": "a\\u0000b", "output": "c"}', ["c"], {}, {}),  # an escaped NUL is text
         ("medchatzh_train", b'{"instruction": "\\udc00", "output": "c"}', [], {}, {"not JSON": 1}),
         ("medchatzh_train", b'{"instruction": ' + b"1" * 5000 + b', "output": "c"}', [], {}, {"not JSON": 1}),
+        # Python's json writes NaN where pandas had nothing
+        ("medchatzh_train", '{"instruction": "问", "input": NaN, "output": "NaN"}\n{"output": NaN, "instruction": "问"}\nNaN'.encode(), ["NaN"], {}, {"no output": 1, "not JSON": 1}),
+        ("medchatzh_train", '[{"instruction": "问", "output": "答"}, {"instruction": "问", "output": NaN}]'.encode(), ["答"], {}, {"no output": 1}),
         # a question with no positive answer gives no record; one with two gives both
         ("webmedqa_train", "科\t0\t1\t问\t甲\n科\t1\t2\t问\t丙\n科\t1\t2\t问\t丁".encode(), ["丙", "丁"], {"label 0": 1}, {}),
         ("webmedqa_train", "科\t１\t1\t问\t甲\n科\t\t1\t问\t乙\n科\t-1\t1\t问\t丙".encode(), [], {}, {"label is neither 0 nor 1": 3}),

@@ -256,8 +256,10 @@ def _role_and_text(turn: Any) -> tuple[str, str]:
     if not isinstance(turn, dict):
         raise NotKept("a turn is not an object")
     role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if isinstance(text, list):  # OpenAI's parts
-        text = "".join(part["text"] for part in text if isinstance(part, dict) and isinstance(part.get("text"), str))
+    if isinstance(text, list):  # OpenAI's parts; a picture that is asked about can't be left out
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
+            raise NotKept("a part of a turn is not text")
+        text = "".join(part["text"] for part in text)
     if not isinstance(role, str) or not isinstance(text, str):
         raise NotKept("a turn has no role, or no text")
     return role.strip().lower(), text

@@ -8,6 +8,7 @@ import codecs
 import csv
 import gzip
 import io
+import json
 import re
 import zipfile
 import zlib
@@ -261,7 +262,7 @@ def _lines(stream: BinaryIO, parse: Callable[[bytes], Any], encoding: str) -> It
         try:
             value = parse(line)
         except ValueError:
-            value = _fault(line, encoding)
+            value = _with_nan(line, encoding) or _fault(line, encoding)
         yield number, line, value
 
 
@@ -270,6 +271,16 @@ def _fault(line: bytes, encoding: str) -> NotKept:
     if not line.strip():
         return NotKept("blank line", by_design=True)
     return NotKept("not JSON" if _decodes(line, encoding) else f"not {'UTF-8' if encoding == UTF8 else encoding}")
+
+
+def _with_nan(data: bytes, encoding: str) -> Any:
+    """Return JSON with the NaN that Python's json writes where pandas had nothing: as None. None if it isn't that either."""
+    if b"NaN" not in data:
+        return None
+    try:
+        return json.loads(data.decode(encoding), parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _json_parser(encoding: str) -> Callable[[bytes], Any]:
@@ -299,7 +310,8 @@ def _array(path: Path, stream: BinaryIO, encoding: str) -> Iterator[Raw]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not {encoding} at byte {error.start}; give the right --encoding") from None
     except (orjson.JSONDecodeError, RecursionError) as error:
-        raise NotOneJson(path, text, error) from None
+        if (value := _with_nan(text, encoding)) is None:
+            raise NotOneJson(path, text, error) from None
     if isinstance(value, dict):
         value = _records_in(path, value)
     for number, element in enumerate(value, 1):
