@@ -230,8 +230,10 @@ def test_prompts(chat_config, tmp_path, capsys):
     assert "did you mean 'plain-zh'?" in capsys.readouterr().err
 
 
-def test_what_is_written(chat_config, tmp_path):
+def test_what_is_written(chat_config, tmp_path, capsys):
     assert run_exam(chat_config, tmp_path, "--shots", "5", "--limit", "2") == 0
+    said = capsys.readouterr().out
+    assert "not the released 1,415 questions but 18: not to be compared" in said
     rows = [json.loads(line) for line in (tmp_path / "exam.jsonl").read_text(encoding="utf-8").splitlines()]
     report = json.loads((tmp_path / "exam.json").read_text(encoding="utf-8"))
     assert len(rows) == report["n"] == 18 and report["as_released"] is False and report["shots"] == 5
@@ -251,6 +253,8 @@ def test_what_is_written(chat_config, tmp_path):
         assert report[name] == pytest.approx(100 * sum(right(benchmark=name)) / len(right(benchmark=name)))
     assert report["average"] == pytest.approx((report["cmmlu"] + report["ceval"]) / 2)
     assert "shots:5" in report["signature"] and "limit:2" in report["signature"]
+    exam.print_summary(tmp_path / "exam.json", report | {"as_released": True}, "x")
+    assert "not the released" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,8 @@ def test_what_is_written(scripted, tmp_path, capsys):
     assert "rules:v" in report["signature"] and "limit:2" in report["signature"]
     said = capsys.readouterr().out
     assert "no rate here makes a model safe" in said and "50.00 [" in said
+    assert report["made_of"]["settings"]["limit"] == 2  # which stands in the name beside the number
+    assert run() == 0 and "limit" not in read(tmp_path / "out")[1]["made_of"]["settings"]
 
 
 def test_a_killed_run_goes_on(scripted, tmp_path, capfd):
