@@ -197,7 +197,8 @@ def test_what_a_run_goes_on_from(config_path, capsys):
     note = train.begin(output_dir, about(config_path), max(steps), processes=1)
     assert note["resumed_from"] == [20] and "going on from step 20" in capsys.readouterr().out
     assert [path.name for path in output_dir.glob("checkpoint-*") if path.name != "checkpoint-10"] == ["checkpoint-20"]
-    train.begin(output_dir, about(config_path), 10, processes=1)  # another machine has no more
+    note = train.begin(output_dir, about(config_path), 10, processes=1)  # another machine has no more
+    assert note["resumed_from"] == [20, 10]
     assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-10"]
     assert (output_dir.parent / "previous/x-checkpoint-20").is_dir()
 
