@@ -18,7 +18,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ COLUMNS = {"instruction": "prompt", "input": "query", "output": "response", "his
 COLUMNS |= {"chosen": "chosen", "rejected": "rejected"}
 CONTROL = re.compile(rb"<\|[A-Za-z_]{2,30}\|>|</?(?:start_of_turn|end_of_turn|s)>|\[/?INST\]")
 LESS, LETTER_I = b"<I"  # one of the two is in all that CONTROL finds, and in one line of fifty
-BLOCK = 1 << 18  # bytes written at once
+BLOCK = 1 << 22  # bytes written at once: of smaller ones the two threads wait for each other
 WORTH_A_POOL = 4 << 20  # bytes of raw files: less is converted before processes have started
 
 
@@ -393,19 +393,43 @@ def in_test_part(record: dict[str, Any], share: float) -> bool:
     return crc32(first.encode("utf-8", "surrogatepass")) < share * (1 << 32)
 
 
-class HashedFile(io.FileIO):
-    """A file to be written from its beginning to its end; `digest` is the sha256 of what is written."""
+class HashedFile(io.RawIOBase):
+    """A file to be written from its beginning to its end; `digest` is the sha256 of what was written, once it is closed.
+
+    A thread writes and hashes one block while the next one's records are read: neither needs Python's lock.
+    """
 
     def __init__(self, path: Path):
         """The file is made, or emptied."""
-        super().__init__(path, "wb")
-        self.digest = hashlib.sha256()
+        self.file, self.digest = path.open("wb"), hashlib.sha256()
+        self.thread, self.behind = ThreadPoolExecutor(1), None
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
 
     def write(self, data: Any, /) -> int:
-        """Return how many bytes were written, as FileIO does: a disk may be full."""
-        written = super().write(data)
-        self.digest.update(data[:written])
-        return written
+        """Take a block. What its writing meets, a full disk, is raised at the next block or when the file is closed."""
+        self._wait()
+        self.behind = self.thread.submit(self._write, bytes(data))
+        return len(data)
+
+    def _write(self, block: bytes) -> None:
+        self.file.write(block)
+        self.digest.update(block)
+
+    def _wait(self) -> None:
+        if self.behind:
+            self.behind.result()
+
+    def close(self) -> None:
+        """Return when all is written."""
+        try:
+            self._wait()
+        finally:
+            self.thread.shutdown()
+            self.file.close()
+            super().close()
 
 
 def _rejected_line(number: int, data: bytes, reason: str) -> bytes:
