@@ -574,10 +574,11 @@ def test_the_same_again_is_up_to_date_and_what_changed_is_made_anew(tmp_path, ca
     assert run_convert(tmp_path) == 0
     assert "medchatzh_train: 2 read" in capsys.readouterr().out
     assert (tmp_path / "out/medchatzh_test.jsonl").stat().st_mtime_ns == before
-    (tmp_path / "out/medchatzh_test.jsonl").write_text("{}\n")
-    assert (
-        run_convert(tmp_path) == 0 and json_lines(tmp_path / "out/medchatzh_test.jsonl")[0]["output"] == QA["output"]
-    )
+    output = tmp_path / "out/medchatzh_test.jsonl"
+    for spoil in (lambda: output.write_text("{}\n"), output.unlink):
+        spoil()
+        assert run_convert(tmp_path) == 0
+        assert json_lines(output)[0]["output"] == QA["output"]
 
 
 def test_a_dataset_that_was_taken_away_stays_and_is_said(tmp_path, capsys):
