@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -325,35 +326,42 @@ def write_dataset(
                     shapes.add(tuple(keys))
     counts.sha256 = hashed.digest.hexdigest()
     counts.columns = [name for key, name in COLUMNS.items() if any(key in shape for shape in shapes)]
-    if len(shapes) > 1:
-        _fill(output, {key: [] if key == "history" else "" for key in COLUMNS if COLUMNS[key] in counts.columns})
-    if "history" in counts.columns and (place := _first_history(output)).start > TYPED_BYTES:
-        counts.moved_to_top = True
-        _move_to_top(output, place)
-    if len(shapes) > 1 or counts.moved_to_top:
+    missing = {key: [] if key == "history" else "" for key in COLUMNS if COLUMNS[key] in counts.columns}
+    missing = missing if len(shapes) > 1 else {}
+    late = _late_history(_filled(output, missing)) if "history" in counts.columns else None
+    if missing or late:
+        counts.moved_to_top = late is not None
+        _rewrite(output, late, _filled(output, missing))
         counts.sha256 = sha256_of(output)
     counts.bytes = output.stat().st_size
     return counts
 
 
-def _fill(path: Path, empty: dict[str, Any]) -> None:
-    """Give every record what only some have, history or system, as an empty one: a loader takes the columns from the first."""
-    filled = path.with_suffix(".filled")
-    with path.open("rb") as lines, filled.open("wb") as target:
-        for line in lines:
-            target.write(orjson.dumps(empty | orjson.loads(line), option=orjson.OPT_APPEND_NEWLINE))
-    filled.replace(path)
-
-
-def _first_history(path: Path) -> slice:
-    """Return where the first record that has a history lies; an empty slice at the start if none has."""
-    place = 0
+def _filled(path: Path, missing: dict[str, Any]) -> Iterator[bytes]:
+    """Yield a file's lines, in each what only some have, history or system, as an empty one: a loader takes the columns from the first."""
     with path.open("rb") as lines:
         for line in lines:
-            if orjson.loads(line).get("history"):
-                return slice(place, place + len(line))
-            place += len(line)
-    return slice(0, 0)
+            yield orjson.dumps(missing | orjson.loads(line), option=orjson.OPT_APPEND_NEWLINE) if missing else line
+
+
+def _late_history(lines: Iterator[bytes]) -> bytes | None:
+    """Return the first line that has a history, if it comes after those from which a loader takes the columns' types."""
+    place = 0
+    for line in lines:
+        if orjson.loads(line).get("history"):
+            return line if place > TYPED_BYTES else None
+        place += len(line)
+    return None
+
+
+def _rewrite(path: Path, first: bytes | None, lines: Iterator[bytes]) -> None:
+    """Write the lines in their order, but for one of them that becomes the first."""
+    target = path.with_suffix(".rewritten")
+    with target.open("wb") as file:
+        file.write(first or b"")
+        file.writelines(itertools.takewhile(lambda line: line != first, lines))
+        file.writelines(lines)
+    target.replace(path)
 
 
 def line_of(
@@ -439,21 +447,6 @@ def _rejected_line(number: int, data: bytes, reason: str) -> bytes:
         return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
         return json.dumps(entry).encode() + b"\n"
-
-
-def _move_to_top(path: Path, place: slice) -> None:
-    """Move one record of a JSON lines file to its first line; the others keep their order."""
-    moved = path.with_suffix(".moved")
-    with path.open("rb") as source, moved.open("wb") as target:
-        source.seek(place.start)
-        target.write(source.read(place.stop - place.start))
-        source.seek(0)
-        left = place.start
-        while left:
-            left -= target.write(source.read(min(left, 1 << 20)))
-        source.seek(place.stop)
-        shutil.copyfileobj(source, target, 1 << 20)
-    moved.replace(path)
 
 
 def entry_of(dataset: Dataset, path: Path, counts: Counts, encoding: str, options: Options) -> dict[str, Any]:
