@@ -98,7 +98,8 @@ def test_in_order_greedy_as_asked_and_readable_by_score(endpoint, data_dir, capf
         record["datasets"] == {"a_test": 20, "b_test": 5}
         and record["made_of"]["settings"]["endpoint"] == endpoint.base
     )
-    assert "tokens/s" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "tokens/s" in said and "going on" not in said
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_failures_that_pass_are_retried(endpoint, data_dir):
     assert all(endpoint.attempts[question] > len(failures) for question, failures in script.items())
 
 
-def test_a_killed_run_goes_on(endpoint, data_dir):
+def test_a_killed_run_goes_on(endpoint, data_dir, capfd):
     endpoint.script = lambda question, attempt: 200 if question < "问题5" or attempt > 1 else "hang"
     command = [sys.executable, "-m", "medasst_tools.cli", *words(endpoint, data_dir, "--concurrency", "8")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -163,6 +164,7 @@ def test_a_killed_run_goes_on(endpoint, data_dir):
     endpoint.script = lambda question, attempt: 200
     assert cli.main(words(endpoint, data_dir)) == 0
     asked = {request["messages"][-1]["content"] for request in endpoint.requests}
+    assert f"going on, {25 - kept} of 25 records are still to be asked" in capfd.readouterr().err
     assert len(endpoint.requests) == 25 - kept and len(asked & before) <= len(before) - kept
     assert [row["predict"] for row in rows(data_dir)] == expected()
 
