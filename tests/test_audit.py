@@ -345,13 +345,14 @@ def test_again_is_up_to_date_and_a_tokenizer_is_something_else(converted, capsys
         ),
     ],
 )
-def test_a_folder_of_ones_own_is_audited_as_it_is(tmp_path, entry, records):
+def test_a_folder_of_ones_own_is_audited_as_it_is(tmp_path, capsys, entry, records):
     """One record with three pieces counts as one everywhere."""
     (tmp_path / "a_train.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     (tmp_path / "dataset_info.json").write_text(json.dumps({"a_train": {"file_name": "a_train.json"} | entry}))
     assert cli.main(["audit", "--data-dir", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "audit.json").read_text())["datasets"]["a_train"]
     assert (found["n"], found["personal_records"], found["personal_pieces"], found["control_tokens"]) == (1, 1, 3, 1)
+    assert "personal data in 1 (3 pieces); a chat template's marks in 1\n" in capsys.readouterr().out
 
 
 def test_drop_overlap_without_test_sets_is_refused(tmp_path, capsys):

@@ -143,7 +143,8 @@ def change(file: Path, **facts) -> None:
     ("spoil", "message"),
     [
         (lambda folder: write_dialogues(folder, [1.0, 2.0], ["别的", "答案1"]), "different labels in line 1"),
-        (lambda folder: write_dialogues(folder, [1.0]), "ends after 1 records"),
+        (lambda folder: write_dialogues(folder, [1.0]), "b/generated_predictions.jsonl ends after 1 records"),
+        (lambda folder: write_dialogues(folder, [1.0] * 3), "a/generated_predictions.jsonl ends after 2 records"),
         (lambda folder: (folder / "generated_predictions.jsonl").write_text('{"predict": "", "label": ""}\n'), "of other predictions than"),
         (lambda folder: (folder / "per_record.jsonl").write_text('{"bleu-4": 100.0}\n' * 2), "per_record.jsonl isn't what"),
         (lambda folder: change(folder / "scores.json", outputs={}), "per_record.jsonl isn't what"),

@@ -248,6 +248,16 @@ def skipped(reason: str) -> tuple[str, bool]:
         ),
         (
             "sharegpt",
+            dump({"conversation": [turn("user", "问"), turn("assistant", "答")]}),
+            alpaca("问", "答", []) | {"system": ""},
+        ),
+        (
+            "sharegpt",
+            dump({"conversation": 1, "conversations": [turn("user", "问"), turn("assistant", "答")]}),
+            alpaca("问", "答", []) | {"system": ""},
+        ),
+        (
+            "sharegpt",
             dump(
                 {
                     "system": "助手",

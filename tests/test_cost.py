@@ -98,3 +98,11 @@ def test_the_formulas_by_hand(config, memory, operations):
 def test_sizes_by_hand():
     assert SMALL.parameters == 1152 + 1600 and SMALL.trained_parameters({"finetuning_type": "full"}) == 2752
     assert cost.checkpoint_bytes(SMALL, {}) == 12 * 2 * 8 * 128 and cost.CUDA_OVERHEAD == 0.75 * 2**30
+
+
+@pytest.mark.parametrize(("packed", "padding"), [({}, 1.65), ({"packing": True}, 1), ({"neat_packing": True}, 1)])
+def test_time_by_hand(packed, padding):
+    """As many operations for 1,000 tokens as the card reaches in a second at its best and at its worst."""
+    operations = 1000 * padding * cost.flops_per_token(SMALL, {})
+    least, most = cost.seconds_of_training(SMALL, packed, 1000, peak=operations)
+    assert (least * cost.REACHED[1], most * cost.REACHED[0]) == pytest.approx((1, 1)) and least < most

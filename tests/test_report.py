@@ -352,7 +352,10 @@ def another_conversion(folder: Path) -> None:
 def test_what_is_stale_is_named_and_no_number(page, tmp_path, capsys, change, reason):
     change(tmp_path / "results/medasst")
     page = report()
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stale: medasst, scores: ")]
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line.split() for line in lines if line.split()[:1] == ["medasst"]]
+    assert row[-len(metric_names()) :] == ["stale"] * len(metric_names())
+    said = [line for line in lines if line.startswith("stale: medasst, scores: ")]
     assert len(said) == 1 and reason in said[0]
     assert "- Stale, not shown: medasst." in page
     assert row_of(page, "MedAsst, ours (`medasst`)", 1) == ["", *["stale"] * len(metric_names())]
