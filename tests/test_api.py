@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medasst_tools import cli
-from medasst_tools.serving import api, api_requests
+from medasst_tools.serving import address, api, api_requests
 from medasst_tools.serving.api_server import ApiServer
 from medasst_tools.serving.generation import before_stop
 from medasst_tools.training.tiny_model import build_tiny_model
@@ -119,7 +119,9 @@ def answer(served):
 
 
 def text_of(stream) -> str:
-    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    chunks = list(stream)
+    assert {chunk.choices[0].index for chunk in chunks} == {0}
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 
 
 # ---- used ---------------------------------------------------------------------------------------------------------
@@ -448,7 +450,7 @@ def test_a_generation_that_fails_is_an_error_not_a_hanging_stream(served, answer
             served.wait_until_free()
         with pytest.raises(openai.InternalServerError) as error:
             served.ask()
-        assert error.value.code == "generation_failed"
+        assert (error.value.code, error.value.type) == ("generation_failed", "server_error")
 
 
 def test_a_prompt_that_fails_is_an_error_too(served, answer, monkeypatch):
@@ -488,6 +490,13 @@ def test_marks_of_the_template_are_control_tokens_though_the_tokenizer_calls_the
 
 
 # ---- started ------------------------------------------------------------------------------------------------------
+def test_port_0_is_any_free_one(monkeypatch):
+    monkeypatch.setenv("API_PORT", "0")
+    monkeypatch.delenv("API_HOST", raising=False)
+    with address.listen("API_HOST", "API_PORT", 8000, "API_KEY") as listener:
+        assert listener.getsockname()[0] == "127.0.0.1" and listener.getsockname()[1] > 1023
+
+
 CHAT_CONFIG = str(ROOT / "factory_configs/demo/chat.yaml")
 
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from medasst_tools import cli, language
+from medasst_tools.machine import doctor
 
 TOOLS = ROOT / "medasst_tools"
 SAYING = {
@@ -183,6 +184,13 @@ def test_errors(monkeypatch, capsys, tmp_path, words, value, chinese):
         assert value in said and (chinese in said) == expected and len(said.splitlines()) == 1, said
         if expected:
             assert said.startswith(f"medasst {words[0]}: 错误: ") and not left_english(said), said
+
+
+@pytest.mark.parametrize(("lang", "shown"), [("en", "ok     |"), ("zh", "正常   |")])
+def test_doctors_columns_stand_one_below_the_other(monkeypatch, lang, shown):
+    """A Chinese character is two wide."""
+    monkeypatch.setenv("MEDASST_LANG", lang)
+    assert doctor.column("ok", 7) + "|" == shown
 
 
 @pytest.mark.parametrize("experiment", ["demo", "medasst", "medasst_qlora", "demo_dpo"])
