@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from medasst_tools import cli, provenance
 from medasst_tools.config import load
-from medasst_tools.evaluation.compare import compare_folders, verdict
+from medasst_tools.evaluation.compare import compare_folders, results_of, verdict
 from medasst_tools.evaluation.score import metric_names
 from medasst_tools.files import write_jsonl
 
@@ -131,7 +131,8 @@ def test_command(tmp_path, capsys):
         write_exam(write_dialogues(tmp_path / name, [value] * 30), cmmlu="1" if name == "a" else "0")
     words = ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "compare.json")]
     assert cli.main(words) == 0
-    assert "bleu-4     +2.00 [+2.00, +2.00]  p 0.0002" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bleu-4     +2.00 [+2.00, +2.00]  p 0.0002" in said and "only a right 1, only b right 0" in said
     assert json.loads((tmp_path / "compare.json").read_text())["exam"]["benchmarks"]["cmmlu"]["only_a"] == 1
 
 
@@ -179,3 +180,15 @@ def test_an_experiment_is_named_by_itself_or_by_its_folder(tmp_path, monkeypatch
     assert "a = results/demo (max_samples=3), b = results/demo_base" in capsys.readouterr().out
     assert cli.main(["compare", "demo", "none"]) == 2
     assert "no folder results/none; `make eval EXPERIMENT=none` makes it" in capsys.readouterr().err
+
+
+def test_an_experiment_is_meant_by_its_name_or_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    words = {
+        "demo": "results/demo",
+        "here": "here",
+        "other/demo": "other/demo",
+        str(tmp_path / "here"): str(tmp_path / "here"),
+    }
+    assert {word: results_of(word).as_posix() for word in words} == words

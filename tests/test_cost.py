@@ -80,6 +80,8 @@ TRAINING = {"do_train": True, "per_device_train_batch_size": 2, "cutoff_len": 3}
     [
         # weights 2 x 1,152 + 2 x 1,600; adapter 16 x 2,048; 6 tokens x (inputs 32 + logits 1,200)
         (TRAINING, 5504 + 32768 + 6 * (32 + 1200), 6 * 1152 + 3200),
+        # LLaMA-Factory's own batch and cutoff_len
+        ({"do_train": True}, 5504 + 32768 + 8 * 2048 * (32 + 1200), 6 * 1152 + 3200),
         (TRAINING | {"lora_rank": 4}, 5504 + 16384 + 6 * (32 + 1200), 6 * 1152 + 3200),
         (TRAINING | {"enable_liger_kernel": True}, 5504 + 32768 + 6 * (32 + 552), 6 * 1152 + 3200),
         (TRAINING | {"disable_gradient_checkpointing": True}, 5504 + 32768 + 6 * (704 + 1200), 4 * 1152 + 3200),
