@@ -130,6 +130,8 @@ def test_tokens(converted, tmp_path):
     assert (tokens["n"], tokens["max"]) == (8, max(whole))
     assert tokens["mean"] == pytest.approx(sum(whole) / 8, abs=0.01)
     assert tokens["cut"] == sum(a < b for a, b in zip(cut, whole, strict=True)) / 8 > 0
+    parts = tokens["cut_by_part"]
+    assert parts["history"] == 0 < max(parts.values()) <= tokens["cut"] <= sum(parts.values())
 
 
 VARIANTS = [

@@ -253,8 +253,11 @@ def test_what_is_written(chat_config, tmp_path, capsys):
         assert report[name] == pytest.approx(100 * sum(right(benchmark=name)) / len(right(benchmark=name)))
     assert report["average"] == pytest.approx((report["cmmlu"] + report["ceval"]) / 2)
     assert "shots:5" in report["signature"] and "limit:2" in report["signature"]
-    exam.print_summary(tmp_path / "exam.json", report | {"as_released": True}, "x")
-    assert "not the released" not in capsys.readouterr().out
+    exam.print_summary(tmp_path / "exam.json", report | {"as_released": True, "dropped_examples": 0}, "x")
+    said = capsys.readouterr().out
+    assert "not the released" not in said and "left out" not in said
+    exam.print_summary(tmp_path / "exam.json", report | {"dropped_examples": 3}, "x")
+    assert "3 examples were left out to fit the model's length" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

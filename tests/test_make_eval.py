@@ -55,6 +55,9 @@ def written(folder) -> dict:
 def test_a_killed_training_goes_on(evaluated):
     assert "trained 75 steps" not in evaluated["killed"]
     assert "saves/demo_base: going on from step" in evaluated["eval"]
+    assert re.search(
+        r"saves/demo_base: trained 75 steps in \d+ s, mean loss \d\.\d{3}; run [0-9a-f]{8}", evaluated["eval"]
+    )
 
 
 def test_the_output_is_a_plan_a_line_a_step_and_the_scores(evaluated):
