@@ -83,7 +83,7 @@ doctor: setup ## what this machine has and EXPERIMENT needs: versions, data, mod
 
 # ---- the project itself
 test: setup ## every test ## 全部测试
-	.venv/bin/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	.venv/bin/pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-slow: setup ## the long forms: ten kills of `make train`, two machines, a worker that dies ## 长测试：把 `make train` 终止十次、两台机器、工作进程意外退出
 	.venv/bin/pytest -m slow $(ARGS)

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,28 +22,16 @@ SAMPLES = ROOT / "dataset_info" / "samples"
 REAL_DATA = Path(os.environ.get("MEDASST_REAL_DATA", ROOT.parent / "shared" / "data"))
 
 
-def needs_evaluation(file: Path) -> bool:
-    """Say whether a test file reads what `make eval` makes."""
-    return re.search(r"\bevaluated\b", file.read_text(encoding="utf-8")) is not None
-
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """Put the files that read the outcome of `make eval` first: they take longest."""
-    first = {item.path: needs_evaluation(item.path) for item in items}
-    items.sort(key=lambda item: not first[item.path])
+    """Give one of `make test`'s workers all that reads the outcome of `make eval`, first, for it takes longest; else a file at a time.
 
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Give each worker whole files, because what a file's fixtures make should be made once; one makes and reads the evaluation."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Files(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "evaluated" if needs_evaluation(ROOT / file) else file
-
-    return Files(config, log)
+    What a file's fixtures make, and the evaluation, should be made once.
+    """
+    for item in items:
+        reads = "evaluated" in item.fixturenames
+        item.add_marker(pytest.mark.xdist_group("evaluated" if reads else item.path.name))
+    items.sort(key=lambda item: "evaluated" not in item.fixturenames)
 
 
 def lines_of(folder: Path) -> set[str]:
