@@ -42,7 +42,7 @@ from medasst_tools.data.raw_files import (
 )
 from medasst_tools.data.registry import Dataset, is_test, load_datasets
 from medasst_tools.errors import CheckFailed, UserError
-from medasst_tools.files import locked, read_json, sha256_of, write_json
+from medasst_tools.files import atomic_writer, locked, read_json, sha256_of, write_json
 from medasst_tools.language import said
 
 STAGING = ".converting"
@@ -326,13 +326,12 @@ def write_dataset(
                     shapes.add(tuple(keys))
     counts.sha256 = hashed.digest.hexdigest()
     counts.columns = [name for key, name in COLUMNS.items() if any(key in shape for shape in shapes)]
-    missing = {key: [] if key == "history" else "" for key in COLUMNS if COLUMNS[key] in counts.columns}
-    missing = missing if len(shapes) > 1 else {}
+    empty = {key: [] if key == "history" else "" for key in COLUMNS if COLUMNS[key] in counts.columns}
+    missing = empty if len(shapes) > 1 else {}
     late = _late_history(_filled(output, missing)) if "history" in counts.columns else None
     if missing or late:
-        counts.moved_to_top = late is not None
         _rewrite(output, late, _filled(output, missing))
-        counts.sha256 = sha256_of(output)
+        counts.moved_to_top, counts.sha256 = late is not None, sha256_of(output)
     counts.bytes = output.stat().st_size
     return counts
 
@@ -356,12 +355,10 @@ def _late_history(lines: Iterator[bytes]) -> bytes | None:
 
 def _rewrite(path: Path, first: bytes | None, lines: Iterator[bytes]) -> None:
     """Write the lines in their order, but for one of them that becomes the first."""
-    target = path.with_suffix(".rewritten")
-    with target.open("wb") as file:
+    with atomic_writer(path) as file:
         file.write(first or b"")
         file.writelines(itertools.takewhile(lambda line: line != first, lines))
         file.writelines(lines)
-    target.replace(path)
 
 
 def line_of(
@@ -410,7 +407,8 @@ class HashedFile(io.RawIOBase):
     def __init__(self, path: Path):
         """The file is made, or emptied."""
         self.file, self.digest = path.open("wb"), hashlib.sha256()
-        self.thread, self.behind = ThreadPoolExecutor(1), None
+        self.thread = ThreadPoolExecutor(1)
+        self.behind = self.thread.submit(self._write, b"")
 
     def writable(self) -> bool:
         """It is."""
@@ -418,7 +416,7 @@ class HashedFile(io.RawIOBase):
 
     def write(self, data: Any, /) -> int:
         """Take a block. What its writing meets, a full disk, is raised at the next block or when the file is closed."""
-        self._wait()
+        self.behind.result()
         self.behind = self.thread.submit(self._write, bytes(data))
         return len(data)
 
@@ -426,14 +424,10 @@ class HashedFile(io.RawIOBase):
         self.file.write(block)
         self.digest.update(block)
 
-    def _wait(self) -> None:
-        if self.behind:
-            self.behind.result()
-
     def close(self) -> None:
         """Return when all is written."""
         try:
-            self._wait()
+            self.behind.result()
         finally:
             self.thread.shutdown()
             self.file.close()
